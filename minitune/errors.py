@@ -1,0 +1,41 @@
+"""How a program of minitune ends: 0 done, 2 the input was wrong, 1 anything else, 128 + n after signal n."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """Something the user can mend: a key, a row, a file. The message is one clear sentence that says
+    where it is and what to do; the program prints it without a traceback and exits with 2."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to stop, and it did so in order. `signum` gives the exit code 128 + signum."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.signum = signum
+
+
+class RunFailed(Exception):
+    """The run cannot go on, through no fault of the input: exit 1 with one message and no traceback."""
+
+
+def run(main: Callable[[list[str]], None]) -> None:
+    """Call `main(arguments)` and leave the process with the exit code its ending asks for."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        end(f"error: {error}", 2)
+    except RunFailed as error:
+        end(f"failed: {error}", 1)
+    except Interrupted as error:
+        end(str(error), 128 + error.signum)
+    except KeyboardInterrupt:
+        end("interrupted", 130)
+
+
+def end(message: str, code: int) -> None:
+    """Say `message` on stderr and exit."""
+    print(message, file=sys.stderr, flush=True)
+    sys.exit(code)
