@@ -7,8 +7,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
+
+from minitune.errors import UserError
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -30,7 +33,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -52,22 +55,54 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder; when the block ends well it becomes `path`, replacing what was there.
 
-    If the block raises, nothing is left behind and `path` is as it was.
+    If the block raises, `path` is as it was. A process killed in between leaves `path` or, in the moment between the
+    two renames, what was there under another name; the next call puts that back, and clears the temporary folder.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        os.replace(old, path)
+    for leftover in (part, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     part.mkdir(parents=True)
     try:
         yield part
         sync(part)
-        old = path.with_name(f".{path.name}.{os.getpid()}.old")
         if path.exists():
             os.replace(path, old)
-        os.replace(part, path)
+        try:
+            os.replace(part, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def make_folder(path: Path) -> None:
+    """Make sure that `path` is a folder that can be written to, or raise UserError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written to: {error.strerror}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the user's."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError:
+        raise UserError(f"{path} is missing or cannot be read") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} must hold a JSON object")
+    return value
 
 
 def sync(path: Path) -> None:
