@@ -1,0 +1,341 @@
+"""The tokenizer of a Hugging Face model folder: `tokenizer.json`, or a sentencepiece `tokenizer.model`.
+
+Both are read into one engine, that of the `tokenizers` library: transformers (5) does so too, and a model must be
+trained on the ids that it will be served with. Where sentencepiece's own `encode` gives other ids (special tokens
+written in a text, the space put before a text, normalisation), the ids here are those of transformers.
+"""
+
+import base64
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Engine
+
+from minitune.errors import UserError
+from minitune.files import read_json
+
+CONFIG = "tokenizer_config.json"
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to ids and back. Made by `load_tokenizer`."""
+
+    engine: Engine = field(repr=False)
+    continuation: Engine = field(repr=False)  # the same, but it puts nothing before a text
+    bos_id: int | None
+    eos_id: int
+    pad_id: int
+    stop_ids: frozenset[int]  # eos, and whatever else the folder says ends a text
+    adds_bos: bool  # whether bos goes before a text
+    vocab_size: int  # ids run below this, added tokens included
+    special_tokens: dict[str, str]  # bos_token, eos_token, ... as text, for chat templates
+    chat_template: str | None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, with no bos or eos around it. A special token written in the text becomes its id."""
+        return self.engine.encode(text, add_special_tokens=False).ids
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """The ids of a text that goes on after another: without the space that some tokenizers put at a beginning.
+
+        `decode(ids + encode_continuation(text))` is `decode(ids) + text`, where ids decode to some text.
+        """
+        return self.continuation.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int], skip_special: bool = True) -> str:
+        """The text of ids, its spaces left alone; special tokens are left out unless `skip_special` is False."""
+        return self.engine.decode(ids, skip_special_tokens=skip_special)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Read the tokenizer of a model folder; tokenizer.json wins where tokenizer.model is there too.
+
+    bos, eos and pad are those that the tokenizer's own JSON files name; else the ids in config.json and
+    generation_config.json; else those of the sentencepiece model; and pad, where nothing names it, is eos.
+    Raises UserError where both files are missing, one does not parse, or no eos can be found.
+    """
+    config = read_tokenizer_config(folder)
+    model, generation = read_object(folder / "config.json"), read_object(folder / "generation_config.json")
+    vocabulary = read_vocabulary(folder)
+    if (config.get("tokenizer_class") or model.get("tokenizer_class")) in LLAMA_CLASSES:
+        vocabulary = as_llama(vocabulary, config)
+
+    stated = named_tokens(config, folder)
+    own = {name: text for name, text in vocabulary.names.items() if config.get(name, text)}  # null takes it back
+    engine = build(vocabulary.state, vocabulary.path)
+    added = tokens_to_add(config, own | stated, engine, vocabulary.extra, folder)
+    engine.add_tokens(added)
+    continuation = engine
+    if (plain := without_prefix(vocabulary.state)) != vocabulary.state:
+        continuation = build(plain, vocabulary.path)
+        continuation.add_tokens(added)
+
+    def find(name: str) -> int | None:
+        listed = [id for values in (model, generation) for id in ids_of(values, f"{name}_id")]
+        ids = [engine.token_to_id(stated.get(name, "")), *listed, engine.token_to_id(own.get(name, ""))]
+        return next((id for id in ids if id is not None and engine.id_to_token(id) is not None), None)
+
+    bos_id = find("bos_token") if config.get("bos_token", "") is not None else None  # null: there is none
+    eos_id = find("eos_token")
+    if eos_id is None:
+        raise UserError(f"{folder}: nothing says which token ends a text; name eos_token in {CONFIG}")
+    pad_id = find("pad_token")
+    special = own | stated | {"eos_token": engine.id_to_token(eos_id)}
+    if bos_id is not None:
+        special["bos_token"] = engine.id_to_token(bos_id)
+    return Tokenizer(
+        engine=engine,
+        continuation=continuation,
+        bos_id=bos_id,
+        eos_id=eos_id,
+        pad_id=eos_id if pad_id is None else pad_id,
+        stop_ids=frozenset([eos_id, *ids_of(model, "eos_token_id"), *ids_of(generation, "eos_token_id")]),
+        adds_bos=bos_id is not None and puts_bos(engine, bos_id, config, vocabulary),
+        vocab_size=max(engine.get_vocab(with_added_tokens=True).values()) + 1,
+        special_tokens=special,
+        chat_template=read_chat_template(folder, config),
+    )
+
+
+def puts_bos(engine: Engine, bos_id: int, config: dict[str, Any], vocabulary: "Vocabulary") -> bool:
+    """tokenizer.json says it in its post-processor, and then nothing else counts, as in transformers."""
+    if vocabulary.path.name == "tokenizer.json":
+        return engine.encode("a", add_special_tokens=True).ids[:1] == [bos_id]
+    # Left unsaid it is true, as models with such a file were trained, and as transformers' LlamaTokenizer documents;
+    # what version 5 of it does there is to leave bos out.
+    return bool(config.get("add_bos_token", True))
+
+
+# -- the JSON files beside the vocabulary
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; in a folder older than its key added_tokens_decoder, with the two files that came before:
+    special_tokens_map.json, which wins, and added_tokens.json."""
+    config = read_object(folder / CONFIG)
+    if "added_tokens_decoder" in config:
+        return config
+    config |= read_object(folder / "special_tokens_map.json")
+    texts = read_object(folder / "added_tokens.json")
+    special = [text_of(value, folder) for value in [*named_tokens(config, folder).values(), *extra_tokens(config)]]
+    flags = {id: {"content": text, "special": text in special} for text, id in texts.items()}
+    return config | {"added_tokens_decoder": flags}
+
+
+def named_tokens(config: dict[str, Any], folder: Path) -> dict[str, str]:
+    """Name (bos_token, ...) to text, the usual names first: tokens new to the vocabulary get ids in this order."""
+    names = [*NAMED, *(name for name in config if name.endswith("_token") and name not in NAMED)]
+    values = {name: config.get(name) for name in names}
+    return {name: text_of(value, folder) for name, value in values.items() if value and not isinstance(value, bool)}
+
+
+def extra_tokens(config: dict[str, Any]) -> list[Any]:
+    """Special tokens without a name of their own, each a text or an object with its "content"."""
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    return list(extra.values()) if isinstance(extra, dict) else list(extra)
+
+
+def text_of(token: Any, folder: Path) -> str:
+    """The text of a token, which the files write as a string or as an object with its "content"."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        raise UserError(f"{folder}: {CONFIG} or special_tokens_map.json holds {token!r} where a token's text should be")
+    return text
+
+
+def ids_of(values: dict[str, Any], key: str) -> list[int]:
+    """The ids under a key of config.json, which may hold one, a list, null, or -1 for none."""
+    listed = values.get(key)
+    listed = listed if isinstance(listed, list) else [listed]
+    return [id for id in listed if isinstance(id, int) and id >= 0]
+
+
+def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja; else the template in tokenizer_config.json, of several the one named "default"."""
+    path = folder / "chat_template.jinja"
+    if path.exists():
+        return read_text(path)
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"{folder / CONFIG}: chat_template is not a text, or a list of objects with name and template")
+    return template
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file."""
+    return read_json(path) if path.exists() else {}
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+# -- the vocabulary
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a vocabulary file says, whichever its format."""
+
+    path: Path
+    state: dict[str, Any]  # the engine, described as tokenizer.json does
+    names: dict[str, str]  # bos_token, eos_token, unk_token, where the file itself names them
+    extra: list[dict[str, Any]]  # its other tokens that stand for themselves in a text
+
+
+def read_vocabulary(folder: Path) -> Vocabulary:
+    if (folder / "tokenizer.json").exists():
+        return Vocabulary(folder / "tokenizer.json", read_object(folder / "tokenizer.json"), {}, [])
+    if (folder / "tokenizer.model").exists():
+        return read_sentencepiece(folder / "tokenizer.model")
+    found = ""
+    if (folder / "vocab.json").exists():
+        found = "; vocab.json and merges.txt are not enough"
+    if (folder / "original" / "tokenizer.model").exists():
+        found = "; original/tokenizer.model is Meta's tiktoken format, which is not supported"
+    raise UserError(f"{folder} has neither tokenizer.json nor a sentencepiece tokenizer.model{found}")
+
+
+def read_sentencepiece(path: Path) -> Vocabulary:
+    """A sentencepiece BPE model, converted as transformers does where no tokenizer class is named: the model's
+    normalisation is kept, its dummy prefix and its trimming of spaces are not."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    try:
+        model = ModelProto.FromString(path.read_bytes())
+    except DecodeError:
+        model = ModelProto()
+    spec = model.trainer_spec
+    if not model.pieces:
+        raise UserError(f"{path} is not a sentencepiece model (tiktoken's file of that name is not supported)")
+    if spec.model_type != spec.BPE:
+        raise UserError(f"{path} is not a BPE model, the one kind of sentencepiece model that is supported")
+
+    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
+    if charsmap := model.normalizer_spec.precompiled_charsmap:
+        encoded = base64.b64encode(charsmap).decode()
+        normalizers.insert(0, {"type": "Precompiled", "precompiled_charsmap": encoded})
+    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
+    if spec.byte_fallback:
+        decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    vocab = {piece.piece: id for id, piece in enumerate(model.pieces)}
+    bpe = {"type": "BPE", "vocab": vocab, "merges": merges_of(vocab), "unk_token": spec.unk_piece}
+    state = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": bpe | {"fuse_unk": True, "byte_fallback": spec.byte_fallback},
+    }
+    ends = {"bos_token": (spec.bos_id, spec.bos_piece), "eos_token": (spec.eos_id, spec.eos_piece)}
+    ends["unk_token"] = (spec.unk_id, spec.unk_piece)
+    names = {name: text for name, (id, text) in ends.items() if id >= 0}
+    kinds = {model.SentencePiece.CONTROL: True, model.SentencePiece.USER_DEFINED: False}
+    extra = [
+        {"content": piece.piece, "normalized": False, "special": kinds[piece.type]}
+        for piece in model.pieces
+        if piece.type in kinds
+    ]
+    return Vocabulary(path, state, names, extra)
+
+
+def merges_of(vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, the earlier piece first: sentencepiece's order of merging."""
+    cuts = ((piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece)))
+    return [(left, right) for left, right in cuts if left in vocab and right in vocab]
+
+
+def as_llama(vocabulary: Vocabulary, config: dict[str, Any]) -> Vocabulary:
+    """What transformers makes of the class LlamaTokenizer: it keeps the vocabulary and builds the rest by this recipe,
+    whatever tokenizer.json says, unless that is byte-level (Llama 3)."""
+    if "ByteLevel" in json.dumps([vocabulary.state.get(part) for part in ("pre_tokenizer", "decoder")]):
+        return vocabulary
+    prefix = config.get("add_prefix_space") in (True, None)
+    first = "always" if config.get("legacy", False) else "first"  # legacy: after each special token, too
+    metaspace = {"type": "Metaspace", "replacement": "▁", "split": False}
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    state = vocabulary.state | {
+        "normalizer": None,
+        "pre_tokenizer": metaspace | {"prepend_scheme": first if prefix else "never"},
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": vocabulary.state.get("model", {}) | {"unk_token": None, "fuse_unk": True, "byte_fallback": True},
+    }
+    return Vocabulary(vocabulary.path, state, LLAMA_TOKENS, vocabulary.extra)
+
+
+# -- the engine
+
+
+def tokens_to_add(
+    config: dict[str, Any], names: dict[str, str], engine: Engine, extra: list[dict[str, Any]], folder: Path
+) -> list[AddedToken]:
+    """The tokens that the JSON files know of and the vocabulary file does not, or not with these flags."""
+    try:
+        listed = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
+        tokens = [added_token(token, names, folder) for _, token in listed]
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{folder / CONFIG}: added_tokens_decoder should map ids to tokens with their flags") from None
+    known = {token.content for token in [*tokens, *engine.get_added_tokens_decoder().values()]}
+    values = [config.get(name) or text for name, text in names.items()]
+    for token in [added_token(value, names, folder) for value in [*values, *(extra_tokens(config) or extra)]]:
+        if token.content not in known:
+            tokens.append(token)
+            known.add(token.content)
+    return tokens
+
+
+def added_token(token: Any, names: dict[str, str], folder: Path) -> AddedToken:
+    flags = {flag: token[flag] for flag in FLAGS if flag in token} if isinstance(token, dict) else {"special": True}
+    added = AddedToken(text_of(token, folder), **flags)
+    added.special = added.special or added.content in names.values()
+    return added
+
+
+def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """The description of an engine that puts no space before a text."""
+    return state | {part: strip_prefix(state.get(part)) for part in ("normalizer", "pre_tokenizer")}
+
+
+def strip_prefix(part: Any) -> Any:
+    if isinstance(part, list):
+        return [kept for each in part if (kept := strip_prefix(each)) is not None]
+    if not isinstance(part, dict):
+        return part
+    if part.get("type") == "Prepend":
+        return None
+    part = {key: strip_prefix(value) for key, value in part.items()}
+    if part.get("type") == "Metaspace":
+        part |= {"prepend_scheme": "never"}
+    return part | ({"add_prefix_space": False} if "add_prefix_space" in part else {})
+
+
+def build(state: dict[str, Any], path: Path) -> Engine:
+    try:
+        engine = Engine.from_str(json.dumps(state))
+    except Exception as error:  # the library raises nothing more exact
+        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from None
+    engine.no_truncation()
+    engine.no_padding()
+    return engine
