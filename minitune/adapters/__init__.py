@@ -1,0 +1,66 @@
+"""Adapters: small trainable modules around frozen linears. A variant is one file and one line in ADAPTERS.
+
+A variant is a module class with four verbs:
+    __init__(base, cfg)      keep the frozen linear `base` whole as `self.base`; make fp32 parameters
+    reset_parameters()       give them their starting values; the base's weights are loaded by then
+    forward(x)               (..., in) -> (..., out), in the dtype of x
+    merged_weight(weight)    the dense weight (out, in) that does the same as forward without dropout,
+                             computed in the dtype of `weight`
+and two tables for PEFT's files: PEFT_NAMES, from the names of its parameters (which lie directly on the module) to
+those in the file, and PEFT_CONFIG, the keys of adapter_config.json that say which variant it is. Freezing, saving,
+resuming, merging and export follow from these.
+"""
+
+import torch
+from torch import nn
+
+from minitune import seeds, surgery
+from minitune.adapters.lora import LoRALinear
+from minitune.config import LoRAConfig
+from minitune.errors import UserError
+
+ADAPTERS: dict[str, type[LoRALinear]] = {
+    "lora": LoRALinear,
+}
+
+
+def attach(model: nn.Module, cfg: LoRAConfig) -> list[str]:
+    """Freeze the model and put an adapter around each linear whose last name is in cfg.target_modules.
+
+    Returns the names of the adapted modules. Raises UserError for a target that matches nothing, and for an
+    adapter on a head that shares its weight with the embedding (merging it would change the embedding too).
+    """
+    model.requires_grad_(False)
+    if "lm_head" in cfg.target_modules and model.config.tie_word_embeddings:
+        raise UserError(
+            "lora.target_modules: this model's lm_head is tied to its embedding and cannot be adapted alone; "
+            "leave it out"
+        )
+    make = ADAPTERS[cfg.variant]
+    names = surgery.replace(
+        model,
+        lambda name, leaf: last_name(name) in cfg.target_modules,
+        lambda leaf: make(leaf, cfg).train(leaf.training),
+    )
+    missing = [target for target in cfg.target_modules if target not in map(last_name, names)]
+    if missing:
+        raise UserError(f"lora.target_modules: no module of this model is named {', '.join(missing)}")
+    return names
+
+
+def reset(model: nn.Module, seed: int) -> None:
+    """Starting values for all adapters, each from a seed of its own name: order and rank count do not matter."""
+    for name, adapter in adapters(model).items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seeds.derive(seed, "adapter", name))
+            adapter.reset_parameters()
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """The adapters of a model by the name of the linear each one wraps."""
+    kinds = tuple(ADAPTERS.values())
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def last_name(name: str) -> str:
+    return name.rpartition(".")[2]

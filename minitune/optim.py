@@ -1,0 +1,142 @@
+"""AdamW, plain or paged, and the learning rate of each step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minitune.config import OptimConfig
+from minitune.errors import RunFailed
+
+
+def make_optimizer(model: nn.Module, cfg: OptimConfig) -> tuple[torch.optim.Optimizer, str]:
+    """AdamW, https://arxiv.org/abs/1711.05101, over the trainable parameters, and a line that says what it is.
+
+    The paged ones are bitsandbytes': moments in 32 or 8 bits, in memory that moves to the host when the GPU is
+    short (QLoRA, section 3). They exist on CUDA alone; elsewhere plain AdamW takes their place, with the same
+    arithmetic as the 32-bit one.
+    """
+    trained = trained_parameters(model)
+    groups = [
+        {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},  # norms, biases, magnitudes
+    ]
+    groups = [group for group in groups if group["params"]]
+    on_cuda = next(iter(trained.values())).is_cuda
+    if cfg.name == "adamw" or not on_cuda:
+        optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=on_cuda)
+        line = "adamw" if cfg.name == "adamw" else f"adamw ({cfg.name} needs CUDA; plain AdamW in its place)"
+        return optimizer, line
+
+    import bitsandbytes
+
+    paged = {
+        "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
+        "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+    }[cfg.name]
+    return paged(groups, lr=cfg.learning_rate), cfg.name
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, for all that train, each once."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def learning_rate(step: int, steps: int, cfg: OptimConfig) -> float:
+    """The rate of update `step` (0 is the first) of `steps`, in closed form.
+
+    Warmup is linear over the first w = ceil(warmup_ratio * steps) updates: peak (step + 1) / w, so that the first
+    update is above zero and update w - 1 has the peak. Then, with p = (step - w) / (steps - w) in [0, 1):
+    cosine peak (1 + cos(pi p)) / 2, linear peak (1 - p), constant peak. Zero would come right after the last.
+    """
+    warmup = math.ceil(cfg.warmup_ratio * steps)
+    if step < warmup:
+        return cfg.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    match cfg.lr_scheduler:
+        case "cosine":
+            return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+        case "linear":
+            return cfg.learning_rate * (1 - progress)
+        case "constant":
+            return cfg.learning_rate
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def clip(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients so that their joint norm is at most max_norm (0: leave them); returns the norm before."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], max_norm, norm)
+    return norm
+
+
+CONSTANTS = ("qmap1", "qmap2")  # tables of 8-bit levels that all parameters share; the optimizer makes them anew
+
+
+def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """The optimizer's memory as tensors and numbers under `parameter name.key`, for safetensors and JSON."""
+    tensors, numbers = {}, {}
+    for name, parameter in trained_parameters(model).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key not in CONSTANTS:
+                (tensors if isinstance(value, Tensor) else numbers)[f"{name}.{key}"] = value
+    return tensors, numbers
+
+
+@torch.no_grad()
+def load_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, float]
+) -> None:
+    """Put back what `state` returned; nothing at all is the state before the first step.
+
+    Raises:
+        RunFailed: state for parameters that do not train, or not all of it, or of other shapes.
+    """
+    if not tensors and not numbers:
+        return
+    named = trained_parameters(model)
+    saved: dict[str, dict[str, Tensor | float]] = {name: {} for name in named}
+    for full_name, value in (tensors | numbers).items():
+        name, _, key = full_name.rpartition(".")
+        if name not in saved:
+            raise RunFailed(f"the checkpoint holds optimizer state for {name}, which this model does not train")
+        saved[name][key] = value
+
+    fresh = empty_state(model, optimizer)
+    for name, values in saved.items():
+        shapes = {key: getattr(value, "shape", None) for key, value in fresh[name].items() if key not in CONSTANTS}
+        if shapes != {key: getattr(value, "shape", None) for key, value in values.items()}:
+            raise RunFailed(f"the checkpoint's optimizer state for {name} is not whole, or not for this model")
+    for name, values in saved.items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                fresh[name][key].copy_(value)  # in place: paged memory stays paged
+            else:
+                fresh[name][key] = value
+        optimizer.state[named[name]] = fresh[name]
+
+
+def empty_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor | float]]:
+    """The memory that each parameter will have after its first step, by name, allocated as the optimizer does."""
+    named = trained_parameters(model)
+    if isinstance(optimizer, torch.optim.AdamW):
+        return {
+            name: {
+                "step": torch.zeros((), device=p.device if optimizer.defaults["fused"] else "cpu"),
+                "exp_avg": torch.zeros_like(p),
+                "exp_avg_sq": torch.zeros_like(p),
+            }
+            for name, p in named.items()
+        }
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            optimizer.init_state(group, parameter, group_index, index)
+    states = {name: dict(optimizer.state[p]) for name, p in named.items()}
+    optimizer.state.clear()
+    return states
