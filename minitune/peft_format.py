@@ -1,0 +1,151 @@
+"""An adapter folder in PEFT's layout, in and out: adapter_config.json and adapter_model.safetensors.
+
+PEFT loads what is written here as it is; what is read here is refused unless it is an adapter that minitune runs
+exactly.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from minitune import files
+from minitune.adapters import ADAPTERS, adapters, last_name
+from minitune.config import LoRAConfig, ModelConfig
+from minitune.errors import UserError
+from minitune.files import read_json
+from minitune.shards import inside
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+PLAIN: dict[str, Any] = {  # keys that change what an adapter computes, with the one value that is run here
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_rslora": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "exclude_modules": None,
+}
+READ = ("base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules")
+IGNORED = (  # keys that change nothing in a trained adapter
+    "task_type",
+    "inference_mode",
+    "lora_dropout",
+    "peft_version",
+    "auto_mapping",
+    "runtime_config",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "ensure_weight_tying",
+)
+INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others (PiSSA, ...) change the base's weights as well
+
+
+def save(folder: Path, model: nn.Module, lora: LoRAConfig, base: ModelConfig) -> None:
+    """Write the adapters of `model` (variant, r, alpha and targets as in `lora`) as an adapter folder, all in fp32."""
+    config = {
+        **PLAIN,
+        **ADAPTERS[lora.variant].PEFT_CONFIG,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.path,
+        "revision": base.revision or None,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "r": lora.r,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(lora.target_modules),
+    }
+    with files.new_folder(folder) as part:
+        files.write_tensors(part / WEIGHTS, state(model))
+        files.write_json(part / CONFIG, config)
+
+
+def load(folder: Path, model: nn.Module) -> None:
+    """Fill the adapters of `model` from an adapter folder: every tensor has its place, and every place its tensor.
+
+    Raises:
+        UserError: names that match nothing, places left empty, other shapes; all listed.
+    """
+    path = inside(folder, WEIGHTS)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no whole safetensors file: {error}") from None
+    places = state(model)
+    problems = [f"{name} matches nothing in the model" for name in sorted(saved.keys() - places.keys())]
+    problems += [f"{name} is missing" for name in sorted(places.keys() - saved.keys())]
+    problems += [
+        f"{name} is {tuple(saved[name].shape)}, the model has {tuple(places[name].shape)}"
+        for name in sorted(saved.keys() & places.keys())
+        if saved[name].shape != places[name].shape
+    ]
+    if problems:
+        more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise UserError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
+    with torch.no_grad():
+        for name, place in places.items():
+            place.copy_(saved[name])
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """PEFT's name -> tensor, for every parameter of every adapter."""
+    for adapter in adapters(model).values():
+        own = {name for name, _ in adapter.named_parameters(recurse=False)}
+        assert own == adapter.PEFT_NAMES.keys(), f"{type(adapter).__name__}.PEFT_NAMES must name {own}"
+    return {
+        f"{PREFIX}{name}.{peft_name}": getattr(adapter, own).detach()
+        for name, adapter in adapters(model).items()
+        for own, peft_name in adapter.PEFT_NAMES.items()
+    }
+
+
+def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
+    """What adapter an adapter folder holds, and on which base. Raises UserError for kinds that are not run here."""
+    path = folder / CONFIG
+    values = read_json(path)
+    variant = next((name for name, kind in ADAPTERS.items() if says(values, kind.PEFT_CONFIG)), "lora")
+    said = PLAIN | ADAPTERS[variant].PEFT_CONFIG
+    problems = [key for key, plain in said.items() if values.get(key) not in (plain, None)]
+    problems += [key for key in values if values[key] and key not in (*said, *READ, *IGNORED, "init_lora_weights")]
+    problems += [key for key in ("init_lora_weights",) if values.get(key, True) not in INITS]
+    if problems:
+        listed = ", ".join(f"{key} = {values[key]!r}" for key in problems)
+        raise UserError(f"{path}: this kind of adapter is not supported: {listed}")
+    targets = values.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets) or not targets:
+        raise UserError(f"{path}: target_modules must be a list of module names, here it is {targets!r}")
+    r, alpha, base = values.get("r"), values.get("lora_alpha"), values.get("base_model_name_or_path")
+    if (
+        type(r) is not int
+        or r < 1
+        or isinstance(alpha, bool)
+        or not isinstance(alpha, int | float)
+        or not 0 < alpha < 1e9
+    ):
+        raise UserError(f"{path}: r is {r!r} and lora_alpha {alpha!r}; both must be positive numbers")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{path}: base_model_name_or_path is missing, so the base of this adapter is unknown")
+    names = tuple(sorted({last_name(target) for target in targets}))
+    lora = LoRAConfig(variant=variant, r=r, alpha=alpha, dropout=0.0, target_modules=names)
+    return lora, ModelConfig(path=base, revision=values.get("revision") or "")
+
+
+def says(values: dict[str, Any], variant: dict[str, object]) -> bool:
+    """Whether adapter_config.json has every key of a variant (plain LoRA, which has none, is what is left over)."""
+    return bool(variant) and all(values.get(key) == value for key, value in variant.items())
