@@ -1,0 +1,381 @@
+"""Fine-tune a model by a recipe: the whole run, top to bottom.
+
+Read `train` first: it prepares, loops, and hands over. What a model is made of is in build.py.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from minitune import (
+    build,
+    checkpoint,
+    files,
+    generate,
+    optim,
+    parallel,
+    peft_format,
+    pretrained,
+    runs,
+    seeds,
+    shards,
+)
+from minitune.config import Config, dump
+from minitune.data import Prepared, Sample, prepare
+from minitune.data.packing import Batch, Corpus, fill
+from minitune.data.stream import Stream, eval_batches
+from minitune.errors import Interrupted, RunFailed, UserError
+from minitune.log import RunLog, Speed, count, say, versions
+from minitune.model import Llama, LlamaConfig
+from minitune.precision import DTYPES
+from minitune.tokenizer import Tokenizer, load_tokenizer
+
+BAD_STEPS = 3  # non-finite steps in a row that end a run
+
+
+@dataclass
+class Progress:
+    """Where a run stands, next to its weights and moments; kept in each checkpoint."""
+
+    step: int = 0  # optimizer steps behind us
+    tokens: int = 0  # document tokens seen, padding left out
+    bad_steps: int = 0  # non-finite ones, the last so many in a row
+    best_loss: float | None = None  # nats per token on the evaluation data
+    best_step: int | None = None
+    evals_without_better: int = 0
+    stream: dict[str, Any] = field(default_factory=dict)  # the data cursor
+
+    def note_evaluation(self, loss: float) -> bool:
+        """Remember an evaluation; whether it is the best so far."""
+        better = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        if better:
+            self.best_loss, self.best_step, self.evals_without_better = loss, self.step, 0
+        else:
+            self.evals_without_better += 1
+        return better
+
+    def worn_out(self, patience: int) -> bool:
+        """Whether the last `patience` evaluations (0: no limit) brought nothing better."""
+        return 0 < patience <= self.evals_without_better
+
+
+def train(cfg: Config) -> dict[str, Any]:
+    """Run a recipe to its end, from its newest checkpoint if there is one; returns what run.json holds.
+
+    Raises:
+        UserError: the recipe, the data or the model folder is wrong (before the model loads, where it can be known).
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was written.
+        RunFailed: three steps in a row had no finite loss or gradient.
+    """
+    started = time.time()
+    device = parallel.start(cfg.train.deterministic)
+    run = Path(cfg.out).resolve()
+    if run.exists() and not run.is_dir():
+        raise UserError(f"out: {run} is a file; name a folder for the run")
+    base = pretrained.find(cfg.model.path, cfg.model.revision)
+    if Path(cfg.model.path).is_dir():  # what is written down must be found from any folder
+        cfg = replace(cfg, model=replace(cfg.model, path=str(base.resolve())))
+    tokenizer = load_tokenizer(base)
+    config = pretrained.read_config(base)
+    pretrained.check_fits(config, cfg.data.max_seq_len, tokenizer.vocab_size)
+    data = prepare(cfg.data, tokenizer, cfg.eval.samples)
+    check_samples_fit(cfg, data.samples, config)
+    stream = make_stream(cfg, data.train, tokenizer)
+    data.counts.update(
+        packed_rows=stream.rows_per_epoch,
+        fill=round(fill(data.train.lengths, stream.rows_per_epoch, cfg.data.max_seq_len), 4),
+    )
+    steps = cfg.train.max_steps or cfg.train.num_epochs * stream.steps_per_epoch
+
+    identity = checkpoint.identity(cfg, pretrained.fingerprint(base), data.digests)
+    identity["steps"] = steps  # the learning rate of every step depends on it
+    if cfg.train.resume == "never":
+        runs.set_aside(run)
+    elif (finished := runs.finished(run)) is not None:
+        checkpoint.check_identity(run / "run.json", finished["identity"], identity)
+        say(f"{run} is finished ({finished['finish_reason']} at step {finished['step']}); nothing to do")
+        return finished
+
+    files.make_folder(run)
+    model, made_of = build.compose(cfg, base, device)
+    if cfg.parallel.sharding in ("full", "hybrid"):
+        made_of += f" (one process: parallel.sharding = '{cfg.parallel.sharding}' has nothing to shard)"
+    say(first_line(cfg, data, stream, steps, made_of))
+    for warning in data.warnings:
+        say(f"warning: {warning}")
+    build.fill(model, cfg, base, device)
+    optimizer, optimizer_line = optim.make_optimizer(model, cfg.optim)
+    if optimizer_line != cfg.optim.name:
+        say(optimizer_line)
+
+    progress = Progress()
+    samples = Samples(cfg, model, tokenizer, data.samples)
+    newest = checkpoint.newest(run, identity, say)
+    samples.answer("before")  # the adapters have just been reset, or the weights loaded: this is the base itself
+    if newest:
+        state = checkpoint.load(newest, model, optimizer)
+        progress = Progress(**state["progress"])
+        stream.load(progress.stream)
+        say(f"going on from {newest.name}")
+    facts = {
+        "identity": identity,
+        "versions": versions(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "data": data.counts,
+        "digests": data.digests,
+        "steps": steps,
+    }
+    files.write_text(run / "config.toml", dump(cfg))
+    note_ending(run, facts, progress, "not finished")
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    def save() -> None:
+        progress.stream = stream.state()
+        try:
+            checkpoint.save(run, progress.step, model, optimizer, {"identity": identity, "progress": vars(progress)})
+        except (OSError, SafetensorError) as error:
+            raise RunFailed(
+                f"checkpoint {progress.step} could not be written ({error}); those before it are whole. Make room, "
+                "then run again to go on"
+            ) from None
+        checkpoint.rotate(run, cfg.save.keep_last, progress.best_step)
+
+    speed = Speed()
+    model.train()
+    with RunLog(run, steps, progress.step, cfg.log.tensorboard) as log, stop_signals() as stop:
+        while progress.step < steps and not progress.worn_out(cfg.eval.early_stopping_patience):
+            rate = optim.learning_rate(progress.step, steps, cfg.optim)
+            optim.set_learning_rate(optimizer, rate)
+            micro_batches = [batch.to(device, non_blocking=True) for batch in stream.next_step()]
+            loss, norm, finite = take_step(model, optimizer, micro_batches, cfg, progress.step)
+
+            progress.step += 1
+            progress.bad_steps = 0 if finite else progress.bad_steps + 1
+            tokens = sum(batch.document_tokens for batch in micro_batches)
+            progress.tokens += tokens
+            speed.add(tokens)
+            log.tick()
+
+            last = progress.step == steps
+            if not finite:
+                log.metrics(progress.step, loss=loss.item(), grad_norm=norm.item(), skipped="not finite, not applied")
+                if progress.bad_steps == BAD_STEPS:
+                    note_ending(run, facts, progress, f"no finite loss or gradient at {BAD_STEPS} steps in a row")
+                    raise RunFailed(
+                        f"the loss or the gradient was not finite at {BAD_STEPS} steps in a row, up to step "
+                        f"{progress.step}; none of them was applied, and the checkpoints in {run} are from before. "
+                        "Lower optim.learning_rate, or look at the data of these steps."
+                    )
+            elif last or progress.step == 1 or progress.step % cfg.log.every_steps == 0:
+                log.metrics(
+                    progress.step,
+                    loss=loss.item(),
+                    learning_rate=rate,
+                    grad_norm=norm.item(),
+                    tokens=progress.tokens,
+                    tokens_per_second=speed.read(),
+                    memory_gb=parallel.memory_gb(device),
+                )
+
+            better = False
+            if data.eval is not None and (last or due(progress.step, cfg.eval.every_steps)):
+                eval_loss = evaluate(model, data.eval, cfg, tokenizer, device)
+                log.metrics(progress.step, eval_loss=eval_loss)
+                better = progress.note_evaluation(eval_loss)
+                speed.read()  # the time of an evaluation is not the steps'
+
+            if (last and cfg.save.every_steps) or better or stop.signum or due(progress.step, cfg.save.every_steps):
+                save()
+            if stop.signum and not last:
+                name = signal.Signals(stop.signum).name
+                note_ending(run, facts, progress, f"stopped by {name}")
+                raise Interrupted(stop.signum, f"{name}: stopped after step {progress.step}, saved; run again to go on")
+
+    # ---- hand over ---------------------------------------------------------------------------------------------
+
+    handed_over = progress.step
+    if progress.best_step not in (None, progress.step):
+        best = run / "checkpoints" / checkpoint.name_of(progress.best_step)
+        if damage := checkpoint.damaged(best):
+            say(f"warning: the best checkpoint, {best.name}, is damaged ({damage}); the last weights take its place")
+        else:
+            checkpoint.load_trained(best, model)
+            handed_over = progress.best_step
+    if cfg.method == "full":
+        shards.save(run / "model", pretrained.full_state(model, DTYPES[cfg.model.dtype]), like=base)
+    else:
+        peft_format.save(run / "adapter", model, cfg.lora, cfg.model)
+    samples.answer("after")
+    facts |= {
+        "finished": True,
+        "handed_over_step": handed_over,
+        "samples": samples.scores,
+        "seconds": round(time.time() - started, 1),
+    }
+    facts = note_ending(run, facts, progress, "all steps done" if progress.step == steps else "early stopping")
+    say(f"{facts['finish_reason']}: the {'model' if cfg.method == 'full' else 'adapter'} is in {cfg.out}")
+    return facts
+
+
+def note_ending(run: Path, facts: dict[str, Any], progress: Progress, reason: str) -> dict[str, Any]:
+    """Write run.json: what is known of the run, how far it came, and how it ended."""
+    how_far = {"step": progress.step, "tokens": progress.tokens}
+    best = {"best_step": progress.best_step, "best_eval_loss": progress.best_loss}
+    whole = {**facts, **how_far, **best, "finish_reason": reason}
+    files.write_json(run / "run.json", whole)
+    return whole
+
+
+def take_step(
+    model: Llama, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], cfg: Config, step: int
+) -> tuple[Tensor, Tensor, bool]:
+    """One optimizer step over the micro-batches: loss (nats per loss token), gradient norm before clipping, and
+    whether both were finite. If not, nothing is applied: weights and moments stay as they were."""
+    # Divide by the loss tokens of the whole step: then how it is cut into micro-batches changes nothing.
+    loss_tokens = max(1, sum(batch.loss_tokens for batch in micro_batches))
+    loss = torch.zeros((), device=micro_batches[0].tokens.device)
+    for number, batch in enumerate(micro_batches):
+        torch.manual_seed(seeds.derive(cfg.seed, "dropout", step, number))
+        total = model(batch.tokens, batch.positions, batch.documents, batch.labels)  # summed over loss tokens
+        (total / loss_tokens).backward()
+        loss += total.detach() / loss_tokens
+
+    norm = optim.clip(model, cfg.optim.max_grad_norm)
+    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm, finite
+
+
+@torch.no_grad()
+def evaluate(model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, device: torch.device) -> float:
+    """Mean loss over all loss tokens of a corpus (nats). Draws nothing and leaves the model as it was."""
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
+    batches = eval_batches(
+        corpus,
+        max_seq_len=cfg.data.max_seq_len,
+        packing=cfg.data.packing,
+        batch_size=cfg.train.batch_size,
+        pad_id=tokenizer.pad_id,
+    )
+    with generate.evaluating(model):
+        for batch in batches:
+            batch = batch.to(device, non_blocking=True)
+            total += model(batch.tokens, batch.positions, batch.documents, batch.labels)
+            tokens += batch.loss_tokens
+    return total.item() / max(1, tokens)
+
+
+class Samples:
+    """Held-out prompts answered before and after training, side by side, and how many are exactly right."""
+
+    SHOWN = 3
+    AT_ONCE = 50  # prompts in one batch
+
+    def __init__(self, cfg: Config, model: Llama, tokenizer: Tokenizer, samples: list[Sample]) -> None:
+        self.model, self.tokenizer, self.samples = model, tokenizer, samples
+        self.longest_answer = cfg.eval.sample_tokens
+        self.scores: dict[str, float] = {}  # share of exact matches
+        self.answers: dict[str, list[str]] = {}
+
+    def answer(self, when: str) -> None:
+        """Answer all prompts, greedily; with "after", show what changed."""
+        if not self.samples:
+            return
+        ids = []
+        for some in chunks(self.samples, self.AT_ONCE):
+            prompts = [sample.prompt_ids for sample in some]
+            ids += generate.generate(self.model, prompts, self.longest_answer, self.tokenizer.stop_ids)
+        answers = self.answers[when] = [self.tokenizer.decode(answer).strip() for answer in ids]
+        right = sum(answer == sample.answer.strip() for answer, sample in zip(answers, self.samples, strict=True))
+        self.scores[when] = right / len(answers)
+        say(f"{when} training: {right} of {len(answers)} held-out prompts answered exactly ({self.scores[when]:.0%})")
+        if when == "after":
+            for number, sample in enumerate(self.samples[: self.SHOWN]):
+                say(f"\n{sample.prompt_text.rstrip()}")
+                say(f"  before:   {self.answers['before'][number]!r}")
+                say(f"  after:    {answers[number]!r}")
+                say(f"  expected: {sample.answer.strip()!r}")
+
+
+def check_samples_fit(cfg: Config, samples: list[Sample], config: LlamaConfig) -> None:
+    """Refuse, before the model loads, prompts that leave no room for an answer."""
+    longest = max((len(sample.prompt_ids) for sample in samples), default=0)
+    if samples and longest + cfg.eval.sample_tokens > config.max_position_embeddings:
+        raise UserError(
+            f"eval.sample_tokens: {cfg.eval.sample_tokens} on top of a held-out prompt of {longest} tokens pass the "
+            f"model's {config.max_position_embeddings} positions; lower it, or set eval.samples = 0"
+        )
+
+
+@dataclass
+class Stop:
+    """Which signal asked the run to stop; 0 while none has."""
+
+    signum: int = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Within the block the first SIGTERM or SIGINT is noted, for the loop to stop in order; a second acts at once."""
+    stop = Stop()
+
+    def note(signum: int, frame: object) -> None:
+        stop.signum = signum
+        signal.signal(signum, before[signum])
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield stop
+        return
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    for signum in before:
+        signal.signal(signum, note)
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def make_stream(cfg: Config, corpus: Corpus, tokenizer: Tokenizer) -> Stream:
+    return Stream(
+        corpus,
+        max_seq_len=cfg.data.max_seq_len,
+        packing=cfg.data.packing,
+        batch_size=cfg.train.batch_size,
+        accumulation=cfg.train.gradient_accumulation_steps,
+        pad_id=tokenizer.pad_id,
+        seed=cfg.seed,
+    )
+
+
+def first_line(cfg: Config, data: Prepared, stream: Stream, steps: int, made_of: str) -> str:
+    """What will be trained, on how many tokens, with how much memory."""
+    counts = data.counts
+    return (
+        f"{cfg.method} of {cfg.model.path}: {made_of}; {counts['train_documents']:,} documents, "
+        f"{count(counts['tokens'])} tokens ({count(counts['trained_tokens'])} to learn) in "
+        f"{counts['packed_rows']:,} rows of {cfg.data.max_seq_len}, {counts['fill']:.1%} full; "
+        f"{steps:,} steps of {stream.rows_per_step} rows"
+    )
+
+
+def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def due(step: int, every: int) -> bool:
+    """Whether something done every so many steps (0: never) is due after `step`."""
+    return every > 0 and step % every == 0
