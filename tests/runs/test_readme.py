@@ -1,0 +1,80 @@
+"""The README's commands run as written, its files are there, and its figures are those of the results it links to."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from minitune.config import load_config
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^    python (scripts/.+)$", README, re.MULTILINE)
+SHORT = {"scripts/train.py": ["train.max_steps=6", "eval.samples=4", "log.tensorboard=false"]}  # else two minutes
+
+
+def run(command: str, folder: Path) -> str:
+    script, *arguments = shlex.split(command)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    line = [sys.executable, str(ROOT / script), *arguments, *SHORT.get(script, [])]
+    ended = subprocess.run(line, cwd=folder, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_the_commands_of_the_example_run_in_their_order(tmp_path: Path) -> None:
+    block = README.partition("With the built-in example")[2].partition("With a model and rows of your own")[0]
+    commands = re.findall(r"^    python (scripts/.+)$", block, re.MULTILINE)
+    assert [command.split()[0] for command in commands] == [
+        "scripts/train.py",
+        "scripts/generate.py",
+        "scripts/merge.py",
+        "scripts/generate.py",
+    ]
+    for command in commands:
+        assert run(command, tmp_path).strip()
+    assert (tmp_path / "my-model" / "model.safetensors").exists()
+
+
+def test_recipes_are_there_and_load() -> None:
+    named = set(re.findall(r"scripts/recipes/\w+\.toml", README))
+    assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "scripts" / "recipes").glob("*.toml")}
+    for command in COMMANDS:
+        arguments = shlex.split(command)[1:]
+        if command.startswith("scripts/train.py") and "--help" not in arguments:
+            load_config([str(ROOT / a) if a.endswith(".toml") else a for a in arguments])
+
+
+def test_the_file_tree_is_the_tree() -> None:
+    tree = README.partition("## Files")[2].partition("## How it composes")[0]
+    there = [path for path in (ROOT / "minitune").rglob("*.py") if path.name != "__init__.py"]
+    there += [*(ROOT / "scripts").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    missing = [path.name for path in there if not re.search(rf"\b{re.escape(path.name)}", tree)]
+    assert not missing
+    named = set(re.findall(r"[\w/]+\.py", tree))
+    assert named <= {path.name for path in there}
+
+
+def test_links_lead_somewhere_and_figures_are_the_results() -> None:
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert links and all((ROOT / link).exists() for link in links)
+    results = json.loads((ROOT / "benchmarks/results/H200-2026-11-23.json").read_text())
+    measured = {(f"{r['tokens_per_second']:,.0f}", f"{r['peak_allocated_gb']:.1f}") for r in results}
+    rows = re.findall(r"\| ([\d,]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    assert len(rows) == 5 and set(rows) <= measured
+
+
+@pytest.mark.slow
+def test_the_example_learns_its_skill_in_two_minutes(tmp_path: Path) -> None:
+    """The whole of `python scripts/train.py`: under 10 % before, over 90 % after."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    subprocess.run(command, cwd=tmp_path, check=True, env=environment, timeout=280)
+    facts = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
+    assert facts["samples"]["before"] < 0.1 and facts["samples"]["after"] > 0.9
+    assert facts["seconds"] < 120

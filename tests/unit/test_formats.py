@@ -1,0 +1,336 @@
+"""Rows -> examples: what each format reads, where each bad row stands, and that no line is cut in the wrong place."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minitune.data.formats import BadRow, Chat, Completion, Example, Instruction, Text, Turn, locate, read
+from minitune.errors import UserError
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA}")
+
+
+def write(folder: Path, name: str, content: bytes | str | list) -> Path:
+    """A file of bytes, of text, or of rows (as the suffix asks for)."""
+    path = folder / name
+    if isinstance(content, list):
+        content = json.dumps(content) if name.endswith(".json") else "".join(json.dumps(row) + "\n" for row in content)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def one(folder: Path, row: dict, **options: object) -> Example | BadRow:
+    """What a single row is read as."""
+    [example] = read(write(folder, "one.json", [row]), **options)
+    return example
+
+
+def user(text: str) -> Turn:
+    return Turn("user", text, False)
+
+
+def assistant(text: str, train: bool = True) -> Turn:
+    return Turn("assistant", text, train)
+
+
+def says(role: str, content: object, **more: object) -> dict:
+    return {"role": role, "content": content, **more}
+
+
+ASK = says("user", "2+2?")
+ANSWER = says("assistant", "4")
+
+
+# ---- formats
+
+
+@pytest.mark.parametrize(
+    ("row", "example"),
+    [
+        ({"instruction": "Add.", "input": "2 2", "output": "4"}, Instruction("Add.", "2 2", "4")),
+        ({"instruction": "Add.", "output": "4", "text": "a copy"}, Instruction("Add.", "", "4")),
+        ({"instruction": "Add.", "input": None, "output": " 4\n"}, Instruction("Add.", "", " 4\n")),
+        ({"prompt": "2+2=", "completion": "4"}, Completion("2+2=", "4")),
+        ({"text": "four"}, Text("four")),
+        ({"messages": [ASK, ANSWER]}, Chat((user("2+2?"), assistant("4")))),
+        (
+            {
+                "messages": [
+                    says("system", "Be brief."),
+                    ASK,
+                    ANSWER | {"train": False},
+                    ASK,
+                    ANSWER | {"loss_weight": 1},
+                ]
+            },
+            Chat(
+                (Turn("system", "Be brief.", False), user("2+2?"), assistant("4", False), user("2+2?"), assistant("4"))
+            ),
+        ),
+        (
+            {"messages": [says("user", [{"type": "text", "text": "2"}, {"type": "text", "value": "+2?"}]), ANSWER]},
+            Chat((user("2+2?"), assistant("4"))),
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "human", "value": "2+2?"},
+                    {"from": "function_call", "value": "add"},
+                    {"from": "observation", "value": "4"},
+                    {"from": "gpt", "value": "Four."},
+                ],
+                "system": "Be brief.",
+                "tools": '[{"name": "add é"}]',
+            },
+            Chat(
+                (
+                    Turn("system", "Be brief.", False),
+                    user("2+2?"),
+                    assistant("add"),
+                    Turn("tool", "4", False),
+                    assistant("Four."),
+                ),
+                '[{"name": "add é"}]',
+            ),
+        ),
+        (
+            {"conversations": [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}], "tools": "[]"},
+            Chat((user("a"), assistant("b"))),
+        ),
+    ],
+)
+def test_formats_are_found_by_their_columns(tmp_path, row, example):
+    assert one(tmp_path, row) == example
+
+
+def test_columns_are_renamed(tmp_path):
+    row = {"question": "2+2?", "answer": "4", "instruction": "not this one"}
+    assert one(tmp_path, row, columns={"question": "instruction", "answer": "output"}) == Instruction("2+2?", "", "4")
+
+
+def test_wrong_columns_are_named_with_those_that_are_there(tmp_path):
+    row = {"question": "2+2?", "answer": "4"}
+    with pytest.raises(UserError, match=r"names reply, but its columns are question, answer"):
+        one(tmp_path, row, columns={"question": "instruction", "reply": "output"})
+    with pytest.raises(UserError, match=r"data.columns.answer: 'outptu' is no column of any format"):
+        one(tmp_path, row, columns={"answer": "outptu"})
+    with pytest.raises(UserError, match=r"columns \(question, answer\) fit no format .*alpaca: instruction \+ output"):
+        one(tmp_path, row)
+
+
+def test_auto_takes_the_first_row_and_holds_the_others_to_it(tmp_path):
+    path = write(tmp_path, "mixed.jsonl", [{"text": "a"}, {"prompt": "p", "completion": "c"}, {"text": "b"}])
+    first, other, last = read(path)
+    assert (first, last) == (Text("a"), Text("b"))
+    assert str(other) == f"{path}:2: text is missing; there is prompt, completion"
+
+
+# ---- bad rows
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "Add.", "output": ""}, "output is empty"),
+        ({"instruction": "Add.", "output": " \n"}, "output is empty"),
+        ({"instruction": "Add.", "output": None}, "output is null"),
+        ({"instruction": None, "output": "4"}, "instruction is null"),
+        ({"instruction": "Add.", "output": 4}, "output is a number, not text"),
+        ({"instruction": "Add.", "output": True}, "output is a truth value, not text"),
+        ({"instruction": "Add.", "input": ["2"], "output": "4"}, "input is a list, not text"),
+        ({"prompt": {}, "completion": "4"}, "prompt is an object, not text"),
+        ({"text": "\ud800"}, "text holds half a surrogate pair"),
+        ({"messages": []}, "messages is empty"),
+        ({"messages": "hi"}, "messages is text, not a list"),
+        ({"messages": [ASK, "4"]}, "messages[1] is text, not an object"),
+        ({"messages": [ASK, says("critic", "4")]}, "messages[1].role is 'critic'"),
+        ({"messages": [ASK, {"role": "assistant"}]}, "messages[1].content is missing"),
+        ({"messages": [ASK, says("assistant", None)]}, "messages[1].content is null"),
+        (
+            {"messages": [ASK, says("assistant", [{"type": "image_url"}])]},
+            "messages[1].content[0] is not a part of type",
+        ),
+        ({"messages": [ASK, says("assistant", "  ")]}, "an assistant's turn is empty"),
+        ({"messages": [ANSWER]}, "roles in the wrong order: assistant comes first"),
+        ({"messages": [says("tool", "4"), ANSWER]}, "roles in the wrong order: tool comes first"),
+        ({"messages": [ASK, ASK, ANSWER]}, "roles in the wrong order: user follows user"),
+        ({"messages": [ASK, ANSWER, ANSWER]}, "roles in the wrong order: assistant follows assistant"),
+        ({"messages": [ASK, says("system", "s"), ANSWER]}, "roles in the wrong order: system follows user"),
+        ({"messages": [ASK]}, "the conversation ends with user"),
+        ({"messages": [ASK, ANSWER, ASK]}, "the conversation ends with user"),
+        ({"messages": [ASK, ANSWER | {"loss_weight": 0.5}]}, "messages[1].train is true or false, or loss_weight"),
+        ({"messages": [ASK, ANSWER | {"train": "yes"}]}, "messages[1].train is true or false, or loss_weight"),
+        ({"messages": [ASK, ANSWER | {"train": [1]}]}, "messages[1].train is true or false, or loss_weight"),
+        ({"messages": [ASK, ANSWER | {"train": True, "loss_weight": 0}]}, "messages[1].train is true or false, or"),
+        ({"messages": [ASK | {"train": True}, ANSWER]}, "messages[0].only an assistant's turn can be trained"),
+        ({"messages": [ASK, ANSWER | {"tool_calls": [{}]}]}, "messages[1].tool_calls is not supported"),
+        ({"messages": [ASK, ANSWER], "tools": "{"}, "tools: not valid JSON"),
+        ({"messages": [ASK, ANSWER], "tools": {"name": "f"}}, "tools is not a list of objects"),
+        ({"conversations": [{"from": "bot", "value": "hi"}]}, "conversations[0].from is 'bot'"),
+        ({"conversations": [{"from": "human"}]}, "conversations[0].value is missing; there is from"),
+        (
+            {"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}], "system": "c"},
+            "roles in the wrong order: system follows system",
+        ),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(tmp_path, row, reason):
+    bad = one(tmp_path, row)
+    assert isinstance(bad, BadRow)
+    assert bad.origin == f"{tmp_path / 'one.json'} row 1"
+    assert bad.reason.startswith(reason)
+
+
+BAD_LINES = {
+    b'{"text": "broken"': "not valid JSON at column 18",
+    b'{"text": "\xff"}': "not valid UTF-8 at byte 11",
+    b'["text"]': "a list, not an object",
+    b"4": "a number, not an object",
+    b'{"text": ' + b"[" * 100_000: "not readable JSON",
+    b'{"text": ' + b"1" * 5000 + b"}": "not readable JSON",
+    b'{"txet": "a"}': "text is missing; there is txet",
+    b"{}": "text is missing; there is nothing",
+}
+
+
+def test_bad_lines_stand_between_the_good_ones(tmp_path):
+    good = [b'{"text": "row %d"}' % number for number in range(len(BAD_LINES) + 1)]
+    lines = [good[0]]
+    for bad, line in zip(BAD_LINES, good[1:], strict=True):
+        lines += [bad, line]
+    path = write(tmp_path, "train.jsonl", b"\n".join(lines))
+    examples = list(read(path))
+    assert [example.text for example in examples[::2]] == [f"row {number}" for number in range(len(good))]
+    for number, (bad, reason) in enumerate(zip(examples[1::2], BAD_LINES.values(), strict=True)):
+        assert bad.origin == f"{path}:{2 * number + 2}"
+        assert bad.reason.startswith(reason)
+
+
+def test_auto_looks_past_a_first_row_that_cannot_be_read(tmp_path):
+    broken, example = read(write(tmp_path, "train.jsonl", b'{"te\n{"text": "a"}'))
+    assert (type(broken), example) == (BadRow, Text("a"))
+
+
+# ---- files
+
+# Everything Python's str.splitlines cuts at, but \n and \r which JSON escapes
+LINE_BREAKS = "\u2028\u2029\u0085"
+
+
+def test_only_a_newline_ends_a_line(tmp_path):
+    rows = [{"text": f"one{mark}two"} for mark in LINE_BREAKS]
+    plain = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    assert len(plain.decode().splitlines()) == 2 * len(rows)  # the mutant would see other lines
+    variants = [
+        plain,
+        b"\xef\xbb\xbf" + plain,
+        plain.replace(b"\n", b"\r\n"),
+        plain.replace(b"\n", b"\n\n"),
+        plain[:-1],
+    ]
+    for content in variants:
+        examples = list(read(write(tmp_path, "train.jsonl", content)))
+        assert examples == [Text(row["text"]) for row in rows]
+
+
+def test_json_lists_with_and_without_a_byte_order_mark(tmp_path):
+    rows = [{"text": "a\u2028b"}, {"text": "c"}]
+    plain = json.dumps(rows, ensure_ascii=False, indent=2).encode()
+    for content in (plain, b"\xef\xbb\xbf" + plain, plain.replace(b"\n", b"\r\n")):
+        path = write(tmp_path, "train.JSON", content)
+        examples = list(read(path))
+        assert examples == [Text("a\u2028b"), Text("c")]
+        assert [example.origin for example in examples] == [f"{path} row 1", f"{path} row 2"]
+
+
+def test_text_lies_between_blank_lines(tmp_path):
+    path = write(tmp_path, "book.txt", "\ufeff\r\none\r\n two\u2028x\r\n \r\n\r\nthree")
+    examples = list(read(path))
+    assert examples == [Text("one\n two\u2028x"), Text("three")]
+    assert [example.origin for example in examples] == [f"{path}:2", f"{path}:6"]
+
+
+def test_text_without_blank_lines_inside_is_one_document_a_line(tmp_path):
+    assert list(read(write(tmp_path, "lines.txt", "\none\ntwo\r\nthree\n\n"))) == [
+        Text("one"),
+        Text("two"),
+        Text("three"),
+    ]
+
+
+def test_text_that_is_no_utf8_is_a_bad_row(tmp_path):
+    first, bad, last = read(write(tmp_path, "book.txt", b"one\n\ntw\xe9\n\nthree"))
+    assert (first, last) == (Text("one"), Text("three"))
+    assert str(bad) == f"{tmp_path / 'book.txt'}:3: not valid UTF-8 at byte 3"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", b"a,b", r"rows are read from .json, .jsonl, .txt files, by the suffix"),
+        ("rows.json", b'{"text": "a"}', r"holds an object, not a list of objects"),
+        ("rows.json", b'{"text": "a"}\n{"text": "b"}', r"not valid JSON at line 2 column 1: .*is named .jsonl"),
+        ("rows.json", b'["\xff"]', r"not valid UTF-8 at byte 3"),
+    ],
+)
+def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, message):
+    path = write(tmp_path, name, content)
+    with pytest.raises(UserError, match=message) as error:
+        list(read(path))
+    assert str(path) in str(error.value)
+
+
+def test_missing_files_are_refused(tmp_path):
+    for path in (tmp_path / "none.jsonl", tmp_path / "folder.jsonl"):
+        (tmp_path / "folder.jsonl").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=path.name):
+            list(read(path))
+
+
+def test_the_built_in_set_is_called_tiny():
+    examples = list(read(locate("tiny")))
+    assert len(examples) > 100
+    assert all(isinstance(example, Instruction) for example in examples)
+
+
+# ---- the real sets
+
+
+@real_data
+@pytest.mark.parametrize(
+    ("name", "columns", "kind", "number"),
+    [
+        ("alpaca_en_demo.json", {}, Instruction, 999),
+        ("alpaca_zh_demo.json", {}, Instruction, 1000),
+        ("gpteacher_roleplay_alpaca.json", {}, Instruction, 3146),
+        ("gsm8k_train.jsonl", {"question": "instruction", "answer": "output"}, Instruction, 7473),
+        ("gsm8k_test.jsonl", {"question": "prompt", "answer": "completion"}, Completion, 1319),
+        ("glaive_toolcall_en_demo.json", {}, Chat, 300),
+        ("v1_sft_demo.jsonl", {}, Chat, 500),
+        ("c4_demo.jsonl", {}, Text, 300),
+        ("wiki_demo.txt", {}, Text, 30),
+    ],
+)
+def test_real_sets_are_read_whole(name, columns, kind, number):
+    examples = list(read(DATA / name, "auto", columns))
+    assert [type(example) for example in examples] == [kind] * number
+
+
+@real_data
+def test_real_rows_keep_every_character():
+    rows = json.loads((DATA / "alpaca_en_demo.json").read_bytes())
+    examples = read(DATA / "alpaca_en_demo.json")
+    assert [(e.instruction, e.input, e.output) for e in examples] == [tuple(row.values()) for row in rows]
+
+    rows = json.loads((DATA / "glaive_toolcall_en_demo.json").read_bytes())
+    examples = list(read(DATA / "glaive_toolcall_en_demo.json"))
+    assert [[turn.text for turn in e.turns] for e in examples] == [
+        [t["value"] for t in r["conversations"]] for r in rows
+    ]
+    tools = [json.loads(row["tools"]) for row in rows]
+    assert [json.loads(example.tools or "[]") for example in examples] == tools
+
+    text = (DATA / "wiki_demo.txt").read_text()
+    assert "\n".join(example.text for example in read(DATA / "wiki_demo.txt")) == text.removesuffix("\n")

@@ -1,0 +1,284 @@
+"""From a recipe's files to two corpora: what is counted, held out, dropped, refused."""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Engine
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from minitune import data
+from minitune.config import DataConfig
+from minitune.data import Prepared, content_hash, hold_out, prepare
+from minitune.data.formats import Instruction, Text
+from minitune.data.packing import Corpus
+from minitune.data.templates import Document
+from minitune.errors import UserError
+from minitune.tokenizer import Tokenizer, load_tokenizer
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA}")
+
+QUESTIONS = [{"instruction": f"Count to {n}.", "output": " ".join(map(str, range(n)))} for n in range(1, 61)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    """Every byte a token, with a bos and an eos."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    engine = Engine(models.BPE({text: id for id, text in enumerate(["<s>", "</s>", *alphabet])}, []))
+    engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.decoder = decoders.ByteLevel()
+    engine.add_special_tokens(["<s>", "</s>"])
+    engine.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    folder = tmp_path_factory.mktemp("bytes")
+    engine.save(str(folder / "tokenizer.json"))
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return load_tokenizer(folder)
+
+
+@pytest.fixture
+def jsonl(tmp_path):
+    def write(rows: list, name: str = "train.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+def recipe(*train: str, **more: object) -> DataConfig:
+    return replace(DataConfig(train=train, max_seq_len=4096), **more)
+
+
+def documents(corpus: Corpus | None) -> list[tuple[int, ...]]:
+    return [] if corpus is None else [tuple(corpus[number][0].tolist()) for number in range(len(corpus))]
+
+
+def accounted(prepared: Prepared) -> int:
+    names = ("skipped", "duplicates", "dropped", "train_documents", "eval_documents")
+    return sum(prepared.counts[name] for name in names)
+
+
+# ---- the whole way
+
+
+def test_every_row_is_in_one_count(jsonl, tokenizer):
+    rows = [
+        *QUESTIONS,
+        QUESTIONS[3],
+        QUESTIONS[3],
+        {"instruction": "?"},
+        '{"',
+        {"instruction": "x" * 9000, "output": "y"},
+    ]
+    path = jsonl(rows)
+    got = prepare(recipe(path, bad_rows="skip"), tokenizer)
+    assert got.counts["rows"] == len(rows) == accounted(got)
+    assert [got.counts[name] for name in ("skipped", "duplicates", "dropped")] == [2, 2, 1]
+    assert [reason.removeprefix(path) for reason in got.skipped] == [
+        ":63: output is missing; there is instruction",
+        ":64: not valid JSON at column 2: Unterminated string starting at",
+    ]
+    assert got.warnings == ["2 of 65 rows cannot be used and are skipped"]
+    assert got.counts["tokens"] == len(got.train.tokens)
+    answers = sum(len(row["output"]) + 1 for row in QUESTIONS)  # its bytes, and eos
+    assert got.counts["trained_tokens"] + got.eval.trained_tokens == answers
+    assert got.digests == {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    assert prepare(recipe(path, bad_rows="skip", deduplicate=False), tokenizer).counts["duplicates"] == 0
+
+
+def test_documents_keep_the_order_and_the_tokens_of_the_rows(jsonl, tokenizer):
+    got = prepare(recipe(jsonl(QUESTIONS), eval_fraction=0.0), tokenizer)
+    assert got.eval is None
+    expected = [f"### Instruction:\n{row['instruction']}\n\n### Response:\n{row['output']}" for row in QUESTIONS]
+    assert [tokenizer.decode(list(ids)) for ids in documents(got.train)] == expected
+    assert [tokenizer.decode(got.train[n][0][got.train[n][1]].tolist()) for n in (0, 59)] == [
+        QUESTIONS[0]["output"],
+        QUESTIONS[59]["output"],
+    ]
+
+
+def test_samples_are_held_out_prompts_with_one_answer(jsonl, tokenizer):
+    got = prepare(recipe(jsonl(QUESTIONS), eval_fraction=0.5), tokenizer, samples=4)
+    held = documents(got.eval)
+    assert len(got.samples) == 4
+    for sample, ids in zip(got.samples, held, strict=False):
+        assert tuple(sample.prompt_ids) == ids[: len(sample.prompt_ids)]
+        assert tokenizer.decode(list(ids)) == sample.prompt_text + sample.answer
+    assert not prepare(recipe(jsonl([{"text": "a"}, {"text": "b"}]), eval_fraction=0.5), tokenizer, 4).samples
+
+
+# ---- what is held out
+
+
+def split(rows: list[dict], fraction: float = 0.2) -> tuple[set[str], set[str]]:
+    items = [(Instruction(row["instruction"], "", row["output"]), Document([0], [True])) for row in rows]
+    return tuple({example.instruction for example, _ in side} for side in hold_out(items, fraction))
+
+
+def test_rows_stay_on_their_side():
+    train, held = split(QUESTIONS)
+    assert train | held == {row["instruction"] for row in QUESTIONS}
+    assert not train & held
+    assert 4 <= len(held) <= 22  # of 60, at 0.2
+    for rows in (QUESTIONS[::-1], QUESTIONS[:30], QUESTIONS[7:50]):
+        some_train, some_held = split(rows)
+        assert some_train <= train
+        assert some_held <= held
+    wider = split(QUESTIONS, 0.5)
+    assert held < wider[1]
+    # The mutant: a split by place moves rows as soon as others are put before them.
+    assert {row["instruction"] for row in QUESTIONS[:12]} != {row["instruction"] for row in QUESTIONS[::-1][:12]}
+
+
+def test_equal_rows_are_on_one_side():
+    doubled = [*QUESTIONS, *({**row, "output": row["output"] + " \n"} for row in QUESTIONS)]
+    train, held = split(doubled)
+    assert not train & held
+    assert content_hash(Text("a  b\u00e9")) == content_hash(Text("a\nbe\u0301 "))
+    assert content_hash(Text("a b")) != content_hash(Text("ab"))
+    assert content_hash(Instruction("a", "b", "c")) != content_hash(Instruction("a b", "", "c"))
+
+
+def test_neither_side_is_empty_where_two_rows_differ():
+    for fraction in (1e-9, 0.999999999):
+        train, held = split(QUESTIONS[:2], fraction)
+        assert len(train) == len(held) == 1
+    assert split(QUESTIONS[:1], 0.5) == ({"Count to 1."}, set())
+    assert split([QUESTIONS[0]] * 3, 0.5) == ({"Count to 1."}, set())
+    assert split(QUESTIONS, 0.0)[1] == set()
+
+
+def test_all_rows_the_same_hold_nothing_out(jsonl, tokenizer):
+    got = prepare(recipe(jsonl([QUESTIONS[0]] * 3)), tokenizer)
+    assert got.eval is None
+    assert got.warnings == ["no rows are held out, as all are the same"]
+
+
+def test_given_eval_files_are_taken_whole_and_compared(jsonl, tokenizer):
+    train, held = jsonl(QUESTIONS[:40]), jsonl(QUESTIONS[35:], "eval.jsonl")
+    got = prepare(recipe(train, eval=(held,)), tokenizer)
+    assert (got.counts["train_documents"], got.counts["eval_documents"], got.counts["overlap"]) == (40, 25, 5)
+    assert got.counts["rows"] == accounted(got) == 65
+    assert set(got.digests) == {train, held}
+    assert got.warnings == ["5 of 25 rows of data.eval are in data.train as well"]
+    assert prepare(recipe(train), tokenizer).counts["overlap"] == 0
+
+
+# ---- rows that are too long
+
+
+def test_overlong_rows(jsonl, tokenizer):
+    rows = [*QUESTIONS[:9], {"instruction": "Count on.", "output": "1 " * 400}]
+    path = jsonl(rows)
+    dropped = prepare(recipe(path, max_seq_len=200, eval_fraction=0.0), tokenizer)
+    assert (dropped.counts["dropped"], dropped.counts["train_documents"]) == (1, 9)
+    assert dropped.warnings[0].startswith("1 of 10 rows are longer than data.max_seq_len = 200 and are dropped")
+
+    cut = prepare(recipe(path, max_seq_len=200, eval_fraction=0.0, overlong="truncate"), tokenizer)
+    whole = prepare(recipe(path, eval_fraction=0.0), tokenizer)
+    assert (cut.counts["truncated"], cut.counts["dropped"], cut.warnings) == (1, 0, [])
+    assert documents(cut.train) == [ids[:200] for ids in documents(whole.train)]
+    exact = len(documents(whole.train)[-1])
+    fits = prepare(recipe(path, max_seq_len=exact, eval_fraction=0.0, overlong="error"), tokenizer)
+    assert np.array_equal(fits.train.tokens, whole.train.tokens)
+    with pytest.raises(
+        UserError, match=rf"1 rows are longer than data.max_seq_len = {exact - 1}.*\n.*:10: {exact} tokens"
+    ):
+        prepare(recipe(path, max_seq_len=exact - 1, eval_fraction=0.0, overlong="error"), tokenizer)
+
+
+def test_a_row_cut_before_its_answer_is_dropped(jsonl, tokenizer):
+    path = jsonl([*QUESTIONS[:9], {"instruction": "x" * 400, "output": "y"}])
+    got = prepare(recipe(path, max_seq_len=200, overlong="truncate"), tokenizer)
+    assert (got.counts["truncated"], got.counts["dropped"]) == (0, 1)
+
+
+def test_losing_most_rows_is_an_error(jsonl, tokenizer):
+    path = jsonl(QUESTIONS)
+    with pytest.raises(UserError, match=r"of 60 rows are too long .*raise data.max_seq_len = 70 or set data.overlong"):
+        prepare(recipe(path, max_seq_len=70), tokenizer)
+    with pytest.raises(UserError, match=r"data.train: nothing is left of 60 rows: 0 skipped, 60 too long"):
+        prepare(recipe(path, max_seq_len=10, overlong="truncate"), tokenizer)
+    with pytest.raises(UserError, match=r"data.eval: nothing is left of 1 rows: 0 skipped, 1 too long"):
+        long = jsonl([{"instruction": "x" * 400, "output": "y"}], "eval.jsonl")
+        prepare(recipe(path, eval=(long,), max_seq_len=300), tokenizer)
+
+
+# ---- what is refused
+
+
+def test_bad_rows_are_listed_together(jsonl, tokenizer):
+    train = jsonl([*QUESTIONS[:3], *([{"instruction": "?", "output": ""}] * 12)])
+    held = jsonl([{"instruction": "<s>", "output": "y"}], "eval.jsonl")
+    with pytest.raises(UserError) as error:
+        prepare(recipe(train, eval=(held,)), tokenizer)
+    first, *listed, rest = str(error.value).split("\n")
+    assert first == '13 rows cannot be used; mend them, or leave them out with data.bad_rows = "skip"'
+    assert listed == [f"  {train}:{number}: output is empty" for number in range(4, 14)]
+    assert rest == "  and 3 more"
+    with pytest.raises(
+        UserError, match=rf"data.eval: nothing is left of 1 rows: 1 skipped.*\n  {held}:1: its text holds"
+    ):
+        prepare(recipe(train, eval=(held,), bad_rows="skip"), tokenizer)
+
+
+def test_missing_files_are_named_together(jsonl, tokenizer):
+    with pytest.raises(UserError, match=r"name files that are not there: no.jsonl, nor.json$"):
+        prepare(recipe("no.jsonl", jsonl(QUESTIONS), eval=("nor.json",)), tokenizer)
+
+
+def test_an_empty_file_is_refused(jsonl, tokenizer):
+    with pytest.raises(UserError, match=r"data.train: .* holds no rows"):
+        prepare(recipe(jsonl([])), tokenizer)
+
+
+def test_tools_that_the_model_never_sees_are_said(jsonl, tokenizer):
+    row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "tools": [{"name": "f"}]}
+    blind = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = jsonl([row])
+    warned = prepare(recipe(rows, eval_fraction=0.0), replace(tokenizer, chat_template=blind)).warnings
+    assert warned == ["some rows list tools, which the tokenizer's chat template does not show to the model"]
+    seeing = "{{ tools | tojson if tools }}" + blind
+    assert prepare(recipe(rows, eval_fraction=0.0), replace(tokenizer, chat_template=seeing)).warnings == []
+
+
+# ---- real sets
+
+
+def test_the_built_in_set(tokenizer):
+    got = prepare(recipe("tiny"), tokenizer, samples=20)
+    assert set(got.digests) == {"tiny"}
+    assert len(got.samples) == 20
+    assert 0.05 < got.counts["eval_documents"] / got.counts["rows"] < 0.15
+    assert not set(documents(got.train)) & set(documents(got.eval))
+
+
+@real_data
+@pytest.mark.parametrize(
+    ("name", "columns"),
+    [("gsm8k_test.jsonl", {"question": "instruction", "answer": "output"}), ("alpaca_en_demo.json", {})],
+)
+def test_real_sets(tokenizer, name, columns):
+    got = prepare(recipe(str(DATA / name), columns=columns), tokenizer, samples=3)
+    assert got.counts["rows"] == accounted(got)
+    assert 0.07 < got.counts["eval_documents"] / got.counts["rows"] < 0.13
+    assert not set(documents(got.train)) & set(documents(got.eval))
+    assert data.prepare(recipe(str(DATA / name), columns=columns), tokenizer).train.digest == got.train.digest
+
+
+def test_rows_that_are_equal_once_cut_stay_on_one_side(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"instruction": "q", "output": "b " * n}) + "\n" for n in range(60, 100)))
+    for deduplicate in (True, False):
+        cfg = recipe(str(path), overlong="truncate", max_seq_len=40, eval_fraction=0.3, deduplicate=deduplicate)
+        got = prepare(cfg, tokenizer)
+        documents = [{tuple(corpus[i][0]) for i in range(len(corpus))} for corpus in (got.train, got.eval) if corpus]
+        assert len(documents) == 1 or not documents[0] & documents[1]
+        assert got.counts["overlap"] == 0
+        assert got.counts["duplicates"] == (39 if deduplicate else 0)
