@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import sentencepiece
 import tokenizers
+import transformers
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from minitune.errors import UserError
 from minitune.tokenizer import Tokenizer, load_tokenizer
-
-transformers = pytest.importorskip("transformers")
 
 LLAMA2 = Path(__file__).parents[3] / "shared" / "data" / "llama2_tokenizer.model"
 SPECIAL = ["<s>", "</s>", "<unk>", "<|eot|>", "<|begin|>", "<|end|>", "<tool>", "<ctl>", "[PAD]", "<0x0A>"]
