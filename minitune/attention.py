@@ -38,8 +38,8 @@ class Documents:
         ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         return Documents(ends, longest or max(lengths))
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Documents:
-        return Documents(self.ends.to(device, non_blocking=non_blocking), self.longest)
+    def to(self, device: torch.device) -> Documents:
+        return Documents(self.ends.to(device), self.longest)
 
 
 class CausalAttention(nn.Module):

@@ -4,9 +4,13 @@ from pathlib import Path
 
 import torch
 
-from minitune import adapters, attention, nf4, parallel, plan, precision, pretrained
+from minitune import adapters, attention, block, nf4, parallel, plan, pretrained
+from minitune.block import Keep
 from minitune.config import Config
+from minitune.kernels import launch
 from minitune.model import Llama
+from minitune.offload import HostMemory
+from minitune.precision import DTYPES
 
 
 def build_model(cfg: Config, base: Path, device: torch.device) -> Llama:
@@ -22,43 +26,59 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
     Each step composes with those above it.
     """
     config = pretrained.read_config(base)
-    dtype = precision.DTYPES[cfg.model.dtype]
+    dtype = DTYPES[cfg.model.dtype]
     with torch.device("meta"):
         model = Llama(config)
-    if cfg.method == "full":
-        precision.keep_masters(model, dtype)  # fp32 weights, cast where they are used
-    else:
-        model.to(dtype)
+    model.to(dtype)
     if cfg.method == "qlora":
         nf4.quantize_linears(model, dtype)  # Linear -> NF4Linear, still empty
     if cfg.method != "full":
         adapters.attach(model, cfg.lora)  # freeze all, wrap the targets
     kernel = attention.use(model, cfg.model.attention, device, dtype)
 
-    need = plan.memory(model, config, cfg)
-    compiled = cfg.train.compile == "auto" and device.type == "cuda"
-    recompute = cfg.train.gradient_checkpointing == "full" or (
-        cfg.train.gradient_checkpointing == "auto" and plan.recompute_needed(need, parallel.free_memory(device))
-    )
-    if compiled:
-        parallel.compile_blocks(model)
-    if recompute:
-        parallel.recompute_blocks(model)  # around the compiled block, so that its code is used twice
+    slow = why_not_by_hand(model, cfg, device)
+    need = plan.memory(model, config, cfg, by_hand=slow is None)
+    choice = plan.choose(need, parallel.free_memory(device), cfg, by_hand=slow is None)
+    if slow is None:
+        block.by_hand(model, choice.keep, HostMemory(device) if choice.host else None, choice.dense)
+        how = "fused blocks"
+    else:
+        compiled = cfg.train.compile == "auto" and device.type == "cuda"
+        if compiled:
+            parallel.compile_blocks(model)
+        parallel.recompute_blocks(
+            layer for layer, keep in zip(model.layers, choice.keep, strict=True) if keep is not Keep.ALL
+        )  # around the compiled block, so that its code is used twice
+        how = f"{'compiled' if compiled else 'plain'} blocks ({slow})" if slow else "plain blocks"
 
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if cfg.method == "full" and cfg.train.gradient_accumulation_steps > 1:
+        for parameter in trained:
+            parameter.grad_dtype = torch.float32  # a sum over micro-batches; of one alone bf16 keeps what bf16 made
     parts = [
-        f"{trained:,} parameters train",
+        f"{sum(p.numel() for p in trained):,} parameters train",
         f"{cfg.model.dtype} on {device.type}",
         f"{kernel} attention",
-        "blocks compiled" if compiled else "not compiled",
-        "blocks recomputed" if recompute else "no recompute",
-        f"about {need.total(recompute) / 1e9:.2g} GB",
+        how,
+        str(choice),
+        f"about {need.total(choice) / 1e9:.3g} GB",
     ]
     return model, ", ".join(parts)
+
+
+def why_not_by_hand(model: Llama, cfg: Config, device: torch.device) -> str | None:
+    """Why the blocks do not run by hand (`block.py`), or None; empty where nobody would expect it."""
+    if device.type != "cuda" or cfg.train.fused == "none":
+        return ""
+    if cfg.model.dtype != "bfloat16":
+        return f"fused ones compute in bfloat16, not {cfg.model.dtype}"
+    return next(filter(None, map(block.refusal, model.layers)), None) or launch.fault(device)
 
 
 def fill(model: Llama, cfg: Config, base: Path, device: torch.device) -> None:
     """Give a composed model memory and values: the base's weights, and the adapters' start."""
     parallel.materialize(model.modules(), device)
+    if cfg.method != "qlora":
+        block.lay_side_by_side(model)
     pretrained.load_base(model, base)  # stream the shards, quantizing as they come
     adapters.reset(model, cfg.seed)  # the same start wherever it runs

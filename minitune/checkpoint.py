@@ -1,8 +1,8 @@
 """A run's own state: saved whole, verified before it is used, resumed exactly, rotated.
 
     checkpoints/step-000100/
-        trained.safetensors      the parameters that train, fp32
-        optimizer.safetensors    moments
+        trained.safetensors      the parameters that train
+        optimizer.safetensors    moments, and the lower halves of fp32 masters
         state.json               step, data cursor, best evaluation so far, what the run is (its identity)
         manifest.json            size and sha256 of each file, written last
 
@@ -42,6 +42,9 @@ HARMLESS = (  # keys that may change between runs: they do not change what is le
     "train.gradient_accumulation_steps",
     "train.compile",
     "train.gradient_checkpointing",
+    "train.offload",
+    "train.fused",
+    "model.dense_weights",
     "eval",
     "save",
     "log",

@@ -31,6 +31,7 @@ class ModelConfig:
     revision: str = ""  # branch, tag or commit on the Hub; empty: its main branch
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # that the model computes in; adapters are float32 always
     attention: Literal["auto", "flash", "varlen", "sdpa"] = "auto"  # auto: the fastest that is there
+    dense_weights: Literal["auto", "always", "never"] = "auto"  # keep 4-bit weights dense; auto: where memory allows
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ class TrainConfig:
     max_steps: Annotated[int, at_least(0)] = 0  # optimizer steps, whatever the epochs; 0: as many as these give
     batch_size: Annotated[int, at_least(1), below(65536)] = 4  # rows of max_seq_len, per GPU and micro-step
     gradient_accumulation_steps: Annotated[int, at_least(1), below(65536)] = 4  # micro-steps to an optimizer step
-    gradient_checkpointing: Literal["auto", "none", "full"] = "auto"  # auto: where memory is short
-    compile: Literal["auto", "none"] = "auto"  # auto: on CUDA
+    gradient_checkpointing: Literal["auto", "none", "full"] = "auto"  # auto: the fewest blocks that memory asks for
+    offload: Literal["auto", "always", "never"] = "auto"  # recomputed blocks' inputs to host memory; auto: if short
+    fused: Literal["auto", "none"] = "auto"  # blocks run by hand-written passes; auto: on CUDA, where they can
+    compile: Literal["auto", "none"] = "auto"  # blocks that are not fused; auto: on CUDA
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest checkpoint in `out`
     deterministic: bool = False  # the same bits each time, for some speed
 

@@ -80,12 +80,13 @@ class Llama(nn.Module):
         positions: Tensor | None = None,  # (B, T) int64, from 0 in each document; None: each row is one document
         documents: Documents | None = None,  # which tokens see each other; goes to the attention core unopened
         labels: Tensor | None = None,  # (B, T) int64: the token to predict at each place, -100 for none
+        learned: Tensor | None = None,  # (N,) int64: where, over all B T places, labels are not -100; may be left out
     ) -> Tensor:
         """Logits (B, T, V); given labels, the sum of cross-entropies over them instead (nats, fp32 scalar)."""
         hidden = self.model(tokens, positions, documents)  # (B, T, D)
         if labels is None:
             return self.lm_head(hidden)
-        return self.loss(hidden, self.lm_head, labels)
+        return self.loss(hidden, self.lm_head, labels, learned)
 
 
 class Decoder(nn.Module):

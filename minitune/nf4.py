@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from minitune import surgery
 from minitune.errors import UserError
+from minitune.kernels import four_bits
+from minitune.kernels.launch import fused
 
 # On some CPUs bitsandbytes warns at import that it lacks an inference kernel, one that is not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -66,9 +68,14 @@ class NF4Linear(nn.Module):
             self.nested_levels = nested_levels(self.packed.device)
         return self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.nested_levels
 
-    def dense_weight(self) -> Tensor:
-        """The weight (out, in) that the four bits stand for."""
-        return dequantize(*self.storage(), self.dtype)
+    def dense_weight(self, out: Tensor | None = None) -> Tensor:
+        """The weight (out, in) that the four bits stand for, written to `out` where that is given."""
+        if out is None:
+            return dequantize(*self.storage(), self.dtype)
+        if fused(out):
+            four_bits.dequantize(*self.storage(), levels(out.device), out)
+            return out
+        return out.copy_(dequantize(*self.storage(), self.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         return NF4Product.apply(x, self.bias, self.dtype, *self.storage())
@@ -118,6 +125,12 @@ def dequantize(
 def nested_levels(device: torch.device) -> Tensor:
     """The 256 values that an eight-bit scale can have, before its block's own factor."""
     return bnb.create_dynamic_map().to(device)
+
+
+@cache
+def levels(device: torch.device) -> Tensor:
+    """The 16 values that four bits can mean, before the scale of their block."""
+    return bnb.get_4bit_type("nf4", device)
 
 
 def quantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from minitune.config import OptimConfig
 from minitune.errors import RunFailed
+from minitune.masters import MasterAdamW
 
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig) -> tuple[torch.optim.Optimizer, str]:
@@ -14,19 +15,22 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> tuple[torch.optim.Opti
 
     The paged ones are bitsandbytes': moments in 32 or 8 bits, in memory that moves to the host when the GPU is
     short (QLoRA, section 3). They exist on CUDA alone; elsewhere plain AdamW takes their place, with the same
-    arithmetic as the 32-bit one.
+    arithmetic as the 32-bit one. bf16 parameters have fp32 masters under any of the names (`masters.py`).
     """
     trained = trained_parameters(model)
+    on_cuda, dtype = next(iter(trained.values())).is_cuda, next(iter(trained.values())).dtype
     groups = [
         {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
         {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},  # norms, biases, magnitudes
     ]
     groups = [group for group in groups if group["params"]]
-    on_cuda = next(iter(trained.values())).is_cuda
-    if cfg.name == "adamw" or not on_cuda:
-        optimizer = torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=on_cuda)
-        line = "adamw" if cfg.name == "adamw" else f"adamw ({cfg.name} needs CUDA; plain AdamW in its place)"
-        return optimizer, line
+    plain = cfg.name == "adamw" or not on_cuda
+    line = cfg.name if cfg.name == "adamw" or on_cuda else f"adamw ({cfg.name} needs CUDA; plain AdamW in its place)"
+    if dtype == torch.bfloat16:
+        eight_bits = cfg.name == "paged_adamw_8bit" and not plain
+        return MasterAdamW(groups, cfg.learning_rate, eight_bits, paged=not plain), line
+    if plain:
+        return torch.optim.AdamW(groups, lr=cfg.learning_rate, fused=on_cuda), line
 
     import bitsandbytes
 
@@ -34,7 +38,7 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> tuple[torch.optim.Opti
         "paged_adamw_32bit": bitsandbytes.optim.PagedAdamW32bit,
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }[cfg.name]
-    return paged(groups, lr=cfg.learning_rate), cfg.name
+    return paged(groups, lr=cfg.learning_rate), line
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -67,13 +71,33 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients so that their joint norm is at most max_norm (0: leave them); returns the norm before."""
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Take a step, its gradients scaled so that their joint norm is at most max_norm (0: as they are).
+
+    Returns the norm before, and whether it and the loss are finite; if not, weights and moments stay as they were.
+    PyTorch's fused AdamW learns both on the GPU, and nothing waits for it; the others are told by the host.
+    """
+    norm = gradient_norm(model)
+    finite = torch.isfinite(loss) & torch.isfinite(norm)
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm > 0 else torch.ones_like(norm)
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+        optimizer.grad_scale, optimizer.found_inf = 1 / scale, (~finite).float()
+        optimizer.step()
+    elif finite:
+        if isinstance(optimizer, MasterAdamW):
+            optimizer.scale = scale
+        else:
+            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], scale)
+        optimizer.step()
+    return norm, finite
+
+
+def gradient_norm(model: nn.Module) -> Tensor:
+    """The joint norm of all gradients, fp32, its sums too."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.grad is not None], max_norm, norm)
-    return norm
+    if all(g.dtype == torch.float32 for g in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]))
 
 
 CONSTANTS = ("qmap1", "qmap2")  # tables of 8-bit levels that all parameters share; the optimizer makes them anew

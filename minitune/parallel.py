@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune.errors import UserError
+from minitune.log import say
 
 
 def start(deterministic: bool) -> torch.device:
@@ -22,20 +23,40 @@ def start(deterministic: bool) -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def recompute_blocks(model: nn.Module) -> None:
+def recompute_blocks(blocks: Iterable[nn.Module]) -> None:
     """Keep only each block's input in the forward pass and compute the block again in the backward pass.
 
     Training deep nets with sublinear memory cost, https://arxiv.org/abs/1604.06174. Dropout draws the same numbers
     both times; parameter names do not change.
     """
-    for block in model.layers:
+    for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile each block; blocks are equal, so the first one's code serves all."""
+    """Compile each block; blocks are equal, so the first one's code serves all. Where that fails, the blocks run as
+    they are, and a line says so."""
     for block in model.layers:
-        block.forward = torch.compile(block.forward)
+        block.forward = CompiledForward(block.forward)
+
+
+class CompiledForward:
+    """A forward pass compiled at its first call, or plain from the first failure on."""
+
+    failed = False  # for all blocks at once
+
+    def __init__(self, forward) -> None:
+        self.plain, self.compiled = forward, torch.compile(forward)
+
+    def __call__(self, *inputs):
+        if not CompiledForward.failed:
+            try:
+                return self.compiled(*inputs)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                CompiledForward.failed = True
+                reason = str(error).strip().splitlines()[0]
+                say(f"blocks are not compiled after all, and run slower ({type(error).__name__}: {reason})")
+        return self.plain(*inputs)
 
 
 @torch.no_grad()

@@ -1,52 +1,136 @@
-"""How much memory a run needs, before it runs. Bytes, all of them; the coefficients say where they come from."""
+"""How much memory a run needs, before it runs, and what it keeps and computes again to fit.
+
+Bytes, all of them, at the peak of a training step; the coefficients say where they come from. `choose` takes the
+fastest way that fits: keep everything; compute the fewest blocks again; put what the others keep into host memory.
+"""
 
 from dataclasses import dataclass
 
 from torch import nn
 
+from minitune.block import Keep
 from minitune.config import Config
 from minitune.loss import CHUNK
 from minitune.model import LlamaConfig
+from minitune.nf4 import NF4Linear
 from minitune.precision import DTYPES
+
+SPARE = 0.08  # of what is free: left for fragments, the CUDA libraries' own room and what is not counted
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a training step, by part."""
+    """Bytes by part."""
 
     weights: int  # frozen and trained
-    casts: int  # copies in the model's dtype of weights that train in fp32, kept between forward and backward
-    training: int  # gradients and moments of what trains
-    activations: int  # kept between forward and backward, without recompute
-    recomputed: int  # the same when every block is recomputed
-    head: int  # one piece of the loss
+    moments: int  # the optimizer's, where they are not paged
+    gradients: int
+    accumulates: bool  # gradients are there from one micro-batch to the next
+    dense: int  # one block's four-bit weights made dense
+    blocks: int
+    kept: dict[Keep, int]  # by one block, between forward and backward
+    working: dict[Keep, int]  # in one block's backward pass, besides
+    head: int  # the loss: one piece of logits, and the hidden states around it
 
-    def total(self, recompute: bool) -> int:
-        kept = self.recomputed if recompute else self.activations + self.casts
-        return self.weights + self.training + self.head + kept
+    def total(self, choice: "Choice") -> int:
+        """At the peak: in the loss, or in the backward pass of the last block or of the first."""
+        recomputed = sum(keep is not Keep.ALL for keep in choice.keep)
+        away = min(recomputed, 3) if choice.host else recomputed  # so many are on the device at a time
+        least = choice.keep[0]
+        kept = (self.blocks - recomputed) * self.kept[Keep.ALL] + away * self.kept[least]
+        always = self.weights + self.moments + (self.dense * self.blocks if choice.dense else self.dense)
+        earlier = self.gradients if self.accumulates else 0
+        return always + max(
+            kept + earlier + self.head,
+            kept + earlier + self.working[choice.keep[-1]],
+            self.kept[least] + self.gradients + self.working[least],
+        )
 
 
-def memory(model: nn.Module, config: LlamaConfig, cfg: Config) -> Memory:
+@dataclass(frozen=True)
+class Choice:
+    """How a run fits: what each block keeps; whether those that do not keep all put it into host memory; whether
+    four-bit weights are made dense once and for all."""
+
+    keep: tuple[Keep, ...]
+    host: bool = False
+    dense: bool = False
+
+    def __str__(self) -> str:
+        again = sum(keep is not Keep.ALL for keep in self.keep)
+        parts = ["no recompute" if not again else f"{again} of {len(self.keep)} blocks recomputed"]
+        parts += ["their inputs in host memory"] if self.host else []
+        parts += ["dense weights kept"] if self.dense else []
+        return ", ".join(parts)
+
+
+def memory(model: nn.Module, config: LlamaConfig, cfg: Config, by_hand: bool) -> Memory:
     """From the parameters as they stand (the meta device is enough) and the shape of a micro-batch."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    moments = {"adamw": 8, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}[cfg.optim.name]
-    tokens = cfg.train.batch_size * cfg.data.max_seq_len
+    trained = [p for p in model.parameters() if p.requires_grad]
+    numbers, N = sum(p.numel() for p in trained), cfg.train.batch_size * cfg.data.max_seq_len
+    accumulates = cfg.train.gradient_accumulation_steps > 1
     width = DTYPES[cfg.model.dtype].itemsize
-    D, F, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
-    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    # A block keeps its input, two norms (in and out), q k v rotated, attention's output, gate, up, silu, product.
-    block = width * (7 * D + heads + 4 * F)
-    dropped = 0 if cfg.method == "full" or cfg.lora.dropout == 0 else width * (3 * D + 2 * F)  # masked copies of inputs
+    grads = sum(p.numel() * (4 if accumulates else p.itemsize) for p in trained)
+    masters = 2 * numbers if trained[0].itemsize == 2 else 0  # their lower halves
+    D, V = config.hidden_size, config.vocab_size
+    head = N * 3 * width * D + min(N, CHUNK) * V * width + (2 * 4 * V * D if cfg.method == "full" else 0)
+    kept, working = (by_hand_sizes if by_hand else compiled_sizes)(config, cfg, N, width)
+    four_bits = [m for m in model.layers[0].modules() if isinstance(m, NF4Linear)]
     return Memory(
         weights=sum(p.nbytes for p in model.parameters()),
-        casts=width * trained if width == 2 else 0,
-        training=trained * (4 + moments),
-        activations=tokens * L * (block + dropped),
-        recomputed=tokens * (L * width * D + block + dropped),
-        head=min(tokens, CHUNK) * V * (width + 3 * 4),  # logits, and their fp32 copy, softmax and gradient
+        moments=8 * numbers + masters if cfg.optim.name == "adamw" else 0,
+        gradients=grads,
+        accumulates=accumulates,
+        dense=sum(width * m.in_features * m.out_features for m in four_bits),
+        blocks=config.num_hidden_layers,
+        kept=kept,
+        working=working,
+        head=head,
     )
 
 
-def recompute_needed(need: Memory, free: int) -> bool:
-    """Whether blocks must be recomputed to fit: kept when they take at most nine tenths of what is free."""
-    return need.total(recompute=False) > 0.9 * free
+def by_hand_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple[dict[Keep, int], dict[Keep, int]]:
+    """What a block of `block.py` keeps and works with, line by line there."""
+    D, F = config.hidden_size, config.intermediate_size
+    heads = config.num_attention_heads * config.head_dim  # of attention's output
+    qkv = heads + 2 * config.num_key_value_heads * config.head_dim
+    thin = 0 if cfg.method == "full" else 7 * cfg.lora.r
+    scores = 4 * config.num_attention_heads  # log-sum-exp, fp32
+    inputs = width * (D + thin)
+    attention = inputs + width * heads + scores
+    every = attention + width * (qkv + D + 2 * F) + 2 * 4
+    weight_grads = 0 if cfg.method != "full" else 2 * D * F * 4  # on their way to bf16, where the sums are fp32
+    after = width * (F + 2 * D)  # dh, and the gradients that come in and go out
+    again = after + width * (qkv + D + 2 * F)
+    kept = {Keep.ALL: every, Keep.ATTENTION: attention, Keep.INPUT: inputs}
+    working = {Keep.ALL: after, Keep.ATTENTION: again, Keep.INPUT: again + width * heads + scores}
+    return {k: N * v for k, v in kept.items()}, {k: N * v + weight_grads for k, v in working.items()}
+
+
+def compiled_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple[dict[Keep, int], dict[Keep, int]]:
+    """A block by way of autograd keeps its input, two norms (in and out), q k v rotated, attention's output, gate,
+    up, silu, their product, and the masked inputs of its adapters."""
+    D, F = config.hidden_size, config.intermediate_size
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    dropped = 0 if cfg.method == "full" or cfg.lora.dropout == 0 else 3 * D + 2 * F
+    every, inputs = N * width * (7 * D + heads + 4 * F + dropped), N * width * D
+    return {Keep.ALL: every, Keep.INPUT: inputs}, {Keep.ALL: N * width * F, Keep.INPUT: every + N * width * F}
+
+
+def choose(need: Memory, free: int, cfg: Config, by_hand: bool) -> Choice:
+    """The fastest way that fits into `free` bytes, as far as the recipe leaves the choice; else the smallest way."""
+    least = Keep.ATTENTION if by_hand else Keep.INPUT  # a compiled block is computed again as a whole
+    L, wanted = need.blocks, cfg.train.gradient_checkpointing
+    offload = cfg.train.offload if by_hand else "never"
+    again = {"auto": range(L + 1), "none": [0], "full": [L]}[wanted]
+    ways = [Choice((least,) * k + (Keep.ALL,) * (L - k)) for k in again]
+    if wanted != "none":
+        on_host = Choice((least,) * L, host=True)
+        ways = [on_host] if offload == "always" else [*ways, on_host] if offload == "auto" else ways
+        if by_hand and offload == "never":
+            ways.append(Choice((Keep.INPUT,) * L))
+    if by_hand and need.dense and cfg.model.dense_weights != "never":
+        kept = [Choice(way.keep, way.host, dense=True) for way in ways]
+        ways = kept if cfg.model.dense_weights == "always" else [kept[0], *ways]
+    room = free * (1 - SPARE)
+    return next((way for way in ways if need.total(way) <= room), ways[-1])

@@ -9,7 +9,14 @@ from minitune.config import Config, load_config
 from minitune.errors import UserError
 from minitune.log import say
 
-HOW_TO_TRAIN = ("model.attention=auto", "train.gradient_checkpointing=none", "train.compile=none")
+HOW_TO_TRAIN = (
+    "model.attention=auto",
+    "model.dense_weights=never",
+    "train.gradient_checkpointing=none",
+    "train.offload=never",
+    "train.fused=none",
+    "train.compile=none",
+)
 
 
 def open_run(run: Path) -> tuple[Config, Path]:

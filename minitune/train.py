@@ -7,6 +7,7 @@ import math
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -141,7 +142,6 @@ def train(cfg: Config) -> dict[str, Any]:
     # ---- the loop ----------------------------------------------------------------------------------------------
 
     def save() -> None:
-        progress.stream = stream.state()
         try:
             checkpoint.save(run, progress.step, model, optimizer, {"identity": identity, "progress": vars(progress)})
         except (OSError, SafetensorError) as error:
@@ -151,56 +151,72 @@ def train(cfg: Config) -> dict[str, Any]:
             ) from None
         checkpoint.rotate(run, cfg.save.keep_last, progress.best_step)
 
+    def judge(outcomes: list[Outcome]) -> None:
+        """Look at steps that have come to an end: say which were not applied, and end the run after three in a row."""
+        for outcome in outcomes:
+            progress.bad_steps = 0 if outcome.finite else progress.bad_steps + 1
+            if outcome.finite:
+                continue
+            log.metrics(outcome.step, loss=outcome.loss, grad_norm=outcome.norm, skipped="not finite, not applied")
+            if progress.bad_steps == BAD_STEPS:
+                note_ending(run, facts, progress, f"no finite loss or gradient at {BAD_STEPS} steps in a row")
+                raise RunFailed(
+                    f"the loss or the gradient was not finite at {BAD_STEPS} steps in a row, up to step "
+                    f"{outcome.step}; none of them was applied, and the checkpoints in {run} are from before. "
+                    "Lower optim.learning_rate, or look at the data of these steps."
+                )
+
+    def next_batches() -> list[Batch]:
+        """The next step's, on their way to the device; the run's place in the data is the one before them."""
+        progress.stream = stream.state()
+        return [batch.to(device) for batch in stream.next_step()] if progress.step < steps else []
+
+    outcomes = Outcomes(device)
     speed = Speed()
     model.train()
     with RunLog(run, steps, progress.step, cfg.log.tensorboard) as log, stop_signals() as stop:
+        micro_batches = next_batches()
         while progress.step < steps and not progress.worn_out(cfg.eval.early_stopping_patience):
             rate = optim.learning_rate(progress.step, steps, cfg.optim)
             optim.set_learning_rate(optimizer, rate)
-            micro_batches = [batch.to(device, non_blocking=True) for batch in stream.next_step()]
-            loss, norm, finite = take_step(model, optimizer, micro_batches, cfg, progress.step)
+            outcomes.add(progress.step + 1, *take_step(model, optimizer, micro_batches, cfg, progress.step))
 
             progress.step += 1
-            progress.bad_steps = 0 if finite else progress.bad_steps + 1
             tokens = sum(batch.document_tokens for batch in micro_batches)
             progress.tokens += tokens
+            micro_batches = next_batches()  # while the device computes
             speed.add(tokens)
             log.tick()
 
-            last = progress.step == steps
-            if not finite:
-                log.metrics(progress.step, loss=loss.item(), grad_norm=norm.item(), skipped="not finite, not applied")
-                if progress.bad_steps == BAD_STEPS:
-                    note_ending(run, facts, progress, f"no finite loss or gradient at {BAD_STEPS} steps in a row")
-                    raise RunFailed(
-                        f"the loss or the gradient was not finite at {BAD_STEPS} steps in a row, up to step "
-                        f"{progress.step}; none of them was applied, and the checkpoints in {run} are from before. "
-                        "Lower optim.learning_rate, or look at the data of these steps."
-                    )
-            elif last or progress.step == 1 or progress.step % cfg.log.every_steps == 0:
+            last, stopped_by = progress.step == steps, stop.signum
+            logs = last or progress.step == 1 or progress.step % cfg.log.every_steps == 0
+            evaluates = data.eval is not None and (last or due(progress.step, cfg.eval.every_steps))
+            saves = last or stopped_by or due(progress.step, cfg.save.every_steps)
+            judge(outcomes.all() if logs or evaluates or saves else outcomes.settled())
+            if logs and outcomes.latest.finite:
                 log.metrics(
                     progress.step,
-                    loss=loss.item(),
+                    loss=outcomes.latest.loss,
                     learning_rate=rate,
-                    grad_norm=norm.item(),
+                    grad_norm=outcomes.latest.norm,
                     tokens=progress.tokens,
                     tokens_per_second=speed.read(),
                     memory_gb=parallel.memory_gb(device),
                 )
 
             better = False
-            if data.eval is not None and (last or due(progress.step, cfg.eval.every_steps)):
+            if evaluates:
                 eval_loss = evaluate(model, data.eval, cfg, tokenizer, device)
                 log.metrics(progress.step, eval_loss=eval_loss)
                 better = progress.note_evaluation(eval_loss)
                 speed.read()  # the time of an evaluation is not the steps'
 
-            if (last and cfg.save.every_steps) or better or stop.signum or due(progress.step, cfg.save.every_steps):
+            if (last and cfg.save.every_steps) or better or stopped_by or due(progress.step, cfg.save.every_steps):
                 save()
-            if stop.signum and not last:
-                name = signal.Signals(stop.signum).name
+            if stopped_by and not last:
+                name = signal.Signals(stopped_by).name
                 note_ending(run, facts, progress, f"stopped by {name}")
-                raise Interrupted(stop.signum, f"{name}: stopped after step {progress.step}, saved; run again to go on")
+                raise Interrupted(stopped_by, f"{name}: stopped after step {progress.step}, saved; run again to go on")
 
     # ---- hand over ---------------------------------------------------------------------------------------------
 
@@ -239,24 +255,62 @@ def note_ending(run: Path, facts: dict[str, Any], progress: Progress, reason: st
 
 def take_step(
     model: Llama, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], cfg: Config, step: int
-) -> tuple[Tensor, Tensor, bool]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer step over the micro-batches: loss (nats per loss token), gradient norm before clipping, and
-    whether both were finite. If not, nothing is applied: weights and moments stay as they were."""
+    whether both were finite, all still on the device. If not, nothing is applied: weights and moments stay."""
     # Divide by the loss tokens of the whole step: then how it is cut into micro-batches changes nothing.
     loss_tokens = max(1, sum(batch.loss_tokens for batch in micro_batches))
     loss = torch.zeros((), device=micro_batches[0].tokens.device)
     for number, batch in enumerate(micro_batches):
         torch.manual_seed(seeds.derive(cfg.seed, "dropout", step, number))
-        total = model(batch.tokens, batch.positions, batch.documents, batch.labels)  # summed over loss tokens
+        total = model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)  # summed
         (total / loss_tokens).backward()
         loss += total.detach() / loss_tokens
 
-    norm = optim.clip(model, cfg.optim.max_grad_norm)
-    finite = bool(torch.isfinite(loss) & torch.isfinite(norm))
-    if finite:
-        optimizer.step()
+    norm, finite = optim.update(model, optimizer, cfg.optim.max_grad_norm, loss)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, finite
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a step went."""
+
+    step: int  # the first is 1
+    loss: float  # nats per loss token
+    norm: float  # of the gradient, before clipping
+    finite: bool  # else it was not applied
+
+
+class Outcomes:
+    """How steps went, read when they are done and not before: a GPU has the next step to do while the host looks at
+    the last one, so it never waits for the host."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.ahead = 1 if device.type == "cuda" else 0  # steps that a device may have under way
+        self.under_way: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def add(self, step: int, loss: Tensor, norm: Tensor, finite: Tensor) -> None:
+        numbers = torch.stack([loss.float(), norm.float(), finite.float()])
+        if self.ahead:
+            numbers = numbers.to("cpu", non_blocking=True)
+        self.under_way.append((step, numbers, torch.cuda.current_stream().record_event() if self.ahead else None))
+
+    def settled(self) -> list[Outcome]:
+        """All steps but the one that a GPU is busy with, in order, each once; waits for them."""
+        return [self.read() for _ in range(len(self.under_way) - self.ahead)]
+
+    def all(self) -> list[Outcome]:
+        """All steps, in order, each once; waits for them."""
+        return [self.read() for _ in range(len(self.under_way))]
+
+    def read(self) -> Outcome:
+        step, numbers, done = self.under_way.popleft()
+        if done is not None:
+            done.synchronize()
+        loss, norm, finite = numbers.tolist()
+        self.latest = Outcome(step, loss, norm, bool(finite))
+        return self.latest
 
 
 @torch.no_grad()
@@ -272,8 +326,8 @@ def evaluate(model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, de
     )
     with generate.evaluating(model):
         for batch in batches:
-            batch = batch.to(device, non_blocking=True)
-            total += model(batch.tokens, batch.positions, batch.documents, batch.labels)
+            batch = batch.to(device)
+            total += model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)
             tokens += batch.loss_tokens
     return total.item() / max(1, tokens)
 

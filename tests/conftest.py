@@ -1,12 +1,16 @@
 """What all tests share: fixed seeds, two threads, and small random Llamas as transformers writes them."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # read when kernels are first imported: they then run on the CPU, for the tests
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SaveLlama = Callable[..., tuple[Path, Any]]
 

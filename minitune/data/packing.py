@@ -142,20 +142,24 @@ class Batch:
 
     tokens: Tensor  # (B, T) int64
     labels: Tensor  # (B, T) int64: the token to predict after this one; IGNORE where nothing is learned
+    learned: Tensor  # (loss_tokens,) int64: the places, over all B T, whose labels are not IGNORE
     positions: Tensor  # (B, T) int64: place in the document
     documents: Documents  # along the rows laid end to end; each row's padding is a document of its own
-    loss_tokens: int  # labels that are not IGNORE
     document_tokens: int  # tokens that are not padding
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
-        return Batch(
-            self.tokens.to(device, non_blocking=non_blocking),
-            self.labels.to(device, non_blocking=non_blocking),
-            self.positions.to(device, non_blocking=non_blocking),
-            self.documents.to(device, non_blocking),
-            self.loss_tokens,
-            self.document_tokens,
-        )
+    @property
+    def loss_tokens(self) -> int:
+        return len(self.learned)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device. To a GPU it goes by way of page-locked memory, so that nothing waits for it."""
+
+        def moved(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+        documents = Documents(moved(self.documents.ends), self.documents.longest)
+        tensors = (self.tokens, self.labels, self.learned, self.positions)
+        return Batch(*map(moved, tensors), documents, self.document_tokens)
 
 
 def collate(corpus: Corpus, rows_of_documents: list[list[int]], width: int | None, pad_id: int) -> Batch:
@@ -185,8 +189,8 @@ def collate(corpus: Corpus, rows_of_documents: list[list[int]], width: int | Non
     return Batch(
         torch.from_numpy(tokens),
         torch.from_numpy(labels),
+        torch.from_numpy((labels != IGNORE).reshape(-1).nonzero()[0]),
         torch.from_numpy(positions),
         Documents.of(spans),
-        int((labels != IGNORE).sum()),
         sum(len(corpus[document][0]) for row in rows_of_documents for document in row),
     )

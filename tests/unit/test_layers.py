@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. A file imports from floors below its own, or from its own as long as no circle arises.
 FLOORS = [
     ["__init__", "errors", "files", "seeds", "rules", "config"],
-    ["surgery", "attention", "loss", "tokenizer", "log", "model", "shards"],
-    ["nf4", "precision", "optim", "parallel", "plan", "data"],
+    ["kernels", "surgery", "attention", "loss", "tokenizer", "log", "model", "shards"],
+    ["nf4", "precision", "masters", "optim", "offload", "parallel", "data"],
     ["adapters"],
+    ["block", "plan"],
     ["pretrained", "peft_format", "checkpoint"],
     ["build", "runs"],
     ["merge", "generate"],

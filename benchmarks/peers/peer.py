@@ -1,0 +1,235 @@
+"""One measurement of what a user might run instead: TRL + PEFT, with Liger's kernels, or Unsloth.
+
+    python benchmarks/peers/peer.py CASE.json OUT.json
+
+CASE.json, written by run.py: system, method, model (a folder), batches (safetensors: the very rows that minitune
+trained on), rows, accumulation, steps, dropout, recompute (on | off), attention, optimizer, learning_rate. Steps are
+timed as in measure.py. Needs the peers' own packages (trl, peft, datasets, liger-kernel, unsloth), which minitune
+itself never imports.
+"""
+
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+WARM_UP = 3
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "liger-kernel", "unsloth", "unsloth-zoo")
+
+
+def main() -> None:
+    case, out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    if case["system"] == "unsloth":
+        os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
+        import unsloth  # noqa: F401  (patches transformers, so it comes first)
+    import torch
+    from safetensors.torch import load_file
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    cuda = torch.cuda.is_available()
+    model, tokenizer = (unsloth_model if case["system"] == "unsloth" else peft_model)(case)
+
+    batches = load_file(case["batches"])  # tokens, labels, positions (rows, T)
+    packed = bool((batches["positions"][:, 1:] == 0).any())
+    rows = [{key: value[i] for key, value in batches.items()} for i in range(len(batches["tokens"]))]
+
+    def collate(some: list[dict]) -> dict:
+        together = {key: torch.stack([row[key] for row in some]) for key in rows[0]}
+        inputs = {"input_ids": together["tokens"], "labels": together["labels"]}
+        if packed:  # where documents begin: flash attention then keeps them apart
+            flat = {key: value.reshape(1, -1) for key, value in inputs.items()}
+            return {**flat, "position_ids": together["positions"].reshape(1, -1)}
+        return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+
+    marks, losses = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            if not marks and cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            marks.append(mark(torch))
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if logs and "loss" in logs:
+                losses.append(float(logs["loss"]))
+
+        def on_train_end(self, *args, **kwargs):
+            marks.append(mark(torch))
+
+    settings = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": case["rows"],
+        "gradient_accumulation_steps": case["accumulation"],
+        "max_steps": case["steps"],
+        "learning_rate": case["learning_rate"],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.3,
+        "bf16": cuda,
+        "use_cpu": not cuda,
+        "optim": case["optimizer"] if cuda else "adamw_torch",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "max_length": batches["tokens"].shape[1],
+        "packing": False,  # the rows are packed already
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "remove_unused_columns": False,
+    }
+    if case["system"] != "unsloth":
+        settings["gradient_checkpointing"] = case["recompute"] == "on"
+        settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+        settings["use_liger_kernel"] = case["system"] == "trl+liger"
+    from datasets import Dataset
+
+    class Rows(torch.utils.data.Dataset):
+        column_names = ("tokens", "labels", "positions")
+
+        def __len__(self) -> int:
+            return len(rows)
+
+        def __getitem__(self, i: int) -> dict:
+            return rows[i]
+
+    as_dataset = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})  # what the trainer checks at its start
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(**settings),
+        train_dataset=as_dataset,
+        processing_class=tokenizer,
+        data_collator=collate,
+        callbacks=[Clock()],
+    )
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=case["rows"], collate_fn=collate, pin_memory=cuda)
+    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(loader)
+    begun = time.time()
+    trainer.train()
+    if cuda:
+        torch.cuda.synchronize()
+    seconds = [span(a, b) for a, b in itertools.pairwise(marks)]
+    median = statistics.median(seconds[WARM_UP:])
+    tokens = case["rows"] * case["accumulation"] * batches["tokens"].shape[1]
+    documents = tokens * case["fill"]
+    result = {
+        "tokens_per_second": documents / median,
+        "loss_tokens_per_second": documents / median * case["loss_share"],
+        "step_seconds": {
+            "median": median,
+            "least": min(seconds[WARM_UP:]),
+            "most": max(seconds[WARM_UP:]),
+            "steps": len(seconds[WARM_UP:]),
+        },
+        "first_step_seconds": seconds[0],
+        "peak_allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
+        "peak_reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0,
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "losses": losses,
+        "final_loss": losses[-1] if losses else None,
+        "run_seconds": time.time() - begun,
+        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "attention": getattr(model.config, "_attn_implementation", None),
+        "versions": installed(),
+    }
+    out.write_text(json.dumps(result))
+
+
+def peft_model(case: dict):
+    import torch
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    four_bits = None
+    if case["method"] == "qlora":
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_use_double_quant=True,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        case["model"],
+        quantization_config=four_bits,
+        dtype=torch.bfloat16,
+        attn_implementation=case["attention"],
+        device_map={"": 0} if torch.cuda.is_available() else None,
+    )
+    model.config.use_cache = False
+    if case["method"] == "qlora":
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=case["recompute"] == "on",
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )
+    if case["method"] != "full":
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=16,
+                lora_alpha=32,
+                lora_dropout=case["dropout"],
+                target_modules=TARGETS,
+                bias="none",
+                task_type="CAUSAL_LM",
+            ),
+        )
+    return model, AutoTokenizer.from_pretrained(case["model"])
+
+
+def unsloth_model(case: dict):
+    import torch
+    from unsloth import FastLanguageModel
+
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        case["model"],
+        max_seq_length=case["max_seq_len"],
+        dtype=torch.bfloat16,
+        load_in_4bit=case["method"] == "qlora",
+        full_finetuning=case["method"] == "full",
+    )
+    if case["method"] != "full":
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=16,
+            lora_alpha=32,
+            lora_dropout=case["dropout"],
+            target_modules=TARGETS,
+            bias="none",
+            use_gradient_checkpointing="unsloth" if case["recompute"] == "on" else False,
+            random_state=0,
+        )
+    return model, tokenizer
+
+
+def mark(torch):
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def span(a, b) -> float:
+    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3
+
+
+def installed() -> dict[str, str]:
+    found = {}
+    for package in (*PACKAGES, "bitsandbytes", "flash-attn-4", "flash-attn"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""Measure minitune and its rivals on the same rows, one after the other on one machine.
+
+    python benchmarks/run.py --folder /tmp/bench --out benchmarks/results/H200-2026-01-31.json
+    python benchmarks/run.py --folder /tmp/bench --out x.json --cases lora-fast qlora-fast --no-rivals
+    python benchmarks/run.py --folder /tmp/bench --out x.json --size tiny --steps 5            # on a CPU, in seconds
+
+The cases are in cases.toml. Each measurement runs in a process of its own: minitune's by measure.py, the rivals' by
+peers/peer.py on the very rows that minitune trained on, dumped first. Both draw the same random weights. A result is
+one object of the list in --out, with the recipe, versions and command it came from; runs add to what is there.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from shapes import SIZES, write_full_rows, write_model
+
+from minitune import files
+from minitune.config import knobs, load_config, read_value
+from minitune.data import prepare
+from minitune.loss import IGNORE
+from minitune.pretrained import find
+from minitune.tokenizer import load_tokenizer
+from minitune.train import make_stream
+
+HERE = Path(__file__).parent
+DEFAULTS = {"size": "8b", "rows": 4, "max_seq_len": 2048, "accumulation": 1, "dropout": 0.0, "steps": 12}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True, help="for models, rows and runs; needs 17 GB for rivals")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cases", nargs="*", help="names in cases.toml; all")
+    parser.add_argument("--data", type=Path, help="the folder of the data files that some cases name")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model to read them with; the built-in one")
+    parser.add_argument("--size", choices=SIZES, help="of the model, in place of the cases' own")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--no-rivals", action="store_true")
+    parser.add_argument("--only-rivals", action="store_true")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys for all of minitune's runs"
+    )
+    parser.add_argument("--label", default="minitune", help="minitune's name in the results, where --set changes it")
+    parser.add_argument("--timeout", type=int, default=240, help="seconds for one measurement")
+    options = parser.parse_args()
+
+    cases = tomllib.loads((HERE / "cases.toml").read_text())
+    results = json.loads(options.out.read_text()) if options.out.exists() else []
+    for name in options.cases or cases:
+        case = DEFAULTS | cases[name] | {"name": name}
+        case |= {key: value for key in ("size", "steps") if (value := getattr(options, key))}
+        if "data" in case and options.data is None:
+            print(f"{name}: left out, since it needs --data")
+            continue
+        recipe = write_recipe(case, options)
+        measured = []
+        if not options.only_rivals:
+            arguments = ["measure.py", str(recipe), "--steps", str(case["steps"]), "--random", case["size"]]
+            measured.append(one(case, options.label, arguments, options))
+        if case.get("rivals") and not options.no_rivals:
+            dump = dump_batches(case, recipe)
+            for rival in case["rivals"]:
+                measured.append(
+                    one(case, rival["system"], ["peers/peer.py", write_rival(case, rival, dump, options)], options)
+                )
+        results += measured
+        files.write_json(options.out, results)
+        report(case, measured)
+
+
+def write_recipe(case: dict[str, Any], options: argparse.Namespace) -> Path:
+    """The recipe of a case as a file, with its data beside it."""
+    folder = options.folder / case["name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    model = options.folder / case["size"]
+    if case.get("rivals") and not options.no_rivals and not (model / "config.json").exists():
+        write_model(model, case["size"])
+    if not (model / "config.json").exists():  # its shape alone: measure.py draws the weights on the device
+        write_model(model, case["size"], weights=False)
+    if options.tokenizer and "data" in case:
+        model = with_tokenizer(model, options.tokenizer, options.folder)
+    steps = case["steps"] + 2
+    keys: dict[str, Any] = {
+        "method": case["method"],
+        "out": str(folder / "run"),
+        "model.path": str(model),
+        "model.dtype": "bfloat16" if torch.cuda.is_available() else "float32",
+        "data.eval_fraction": 0.0,
+        "data.max_seq_len": case["max_seq_len"],
+        "train.batch_size": case["rows"],
+        "train.gradient_accumulation_steps": case["accumulation"],
+        "train.max_steps": steps,
+        "train.resume": "never",
+        "optim.learning_rate": 1e-4,
+        "optim.warmup_ratio": 0.0,
+        "eval.every_steps": 0,
+        "eval.early_stopping_patience": 0,
+        "save.every_steps": 0,
+        "log.tensorboard": False,
+    }
+    if "data" in case:
+        keys |= {"data.train": [str(options.data / case["data"])], "data.columns": case.get("columns", {})}
+    else:
+        rows = folder / "rows.jsonl"
+        write_full_rows(rows, case["max_seq_len"], case["rows"] * case["accumulation"] * steps)
+        keys |= {"data.train": [str(rows)], "data.overlong": "truncate", "data.deduplicate": False}
+    if case["method"] != "full":
+        keys["lora.dropout"] = case["dropout"]
+    keys |= {"optim.name": case["optimizer"]} if "optimizer" in case else {}
+    keys |= case.get("recipe", {})
+    for each in options.set:
+        key, _, text = each.partition("=")
+        keys[key] = read_value(text, str if key not in knobs() else knobs()[key].kind)
+    recipe = folder / "recipe.toml"
+    recipe.write_text("".join(f"{key} = {toml(value)}\n" for key, value in keys.items()))
+    return recipe
+
+
+def toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml(each)}" for key, each in value.items()) + " }"
+    return str(value) if isinstance(value, float) else json.dumps(value)
+
+
+def with_tokenizer(model: Path, tokenizer: Path, folder: Path) -> Path:
+    """The same model with a sentencepiece tokenizer in place of the built-in one; weights are linked."""
+    other = folder / f"{model.name}-{tokenizer.stem}"
+    other.mkdir(exist_ok=True)
+    for path in model.iterdir():
+        if not path.name.startswith("tokenizer") and not (other / path.name).exists():
+            (other / path.name).hardlink_to(path)
+    (other / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
+    return other
+
+
+def dump_batches(case: dict[str, Any], recipe: Path) -> dict[str, Any]:
+    """The rows of the measured steps, in their order, for the rivals: a file, how full they are, what share is learned.
+
+    Labels as transformers wants them: at the place of the token itself, not one before.
+    """
+    cfg = load_config([str(recipe)])
+    tokenizer = load_tokenizer(find(cfg.model.path))
+    stream = make_stream(cfg, prepare(cfg.data, tokenizer).train, tokenizer)
+    batches = [batch for _ in range(case["steps"]) for batch in stream.next_step()]
+    labels = torch.cat([batch.labels for batch in batches]).roll(1, dims=1)
+    labels[:, 0] = IGNORE
+    tensors = {
+        "tokens": torch.cat([batch.tokens for batch in batches]),
+        "labels": labels,
+        "positions": torch.cat([batch.positions for batch in batches]),
+    }
+    path = recipe.with_name("batches.safetensors")
+    save_file(tensors, path)
+    documents = sum(batch.document_tokens for batch in batches)
+    learned = sum(batch.loss_tokens for batch in batches)
+    return {"batches": str(path), "fill": documents / tensors["tokens"].numel(), "loss_share": learned / documents}
+
+
+def write_rival(case: dict[str, Any], rival: dict[str, Any], dump: dict[str, Any], options: argparse.Namespace) -> str:
+    """A rival's settings as a file; its best ones where the case does not say."""
+    settings = {
+        "method": case["method"],
+        "model": str(options.folder / case["size"]),
+        "rows": case["rows"],
+        "accumulation": case["accumulation"],
+        "steps": case["steps"],
+        "max_seq_len": case["max_seq_len"],
+        "dropout": case["dropout"],
+        "recompute": "on",
+        "attention": "flash_attention_4" if torch.cuda.is_available() else "sdpa",
+        "optimizer": "adamw_torch_fused",
+        "learning_rate": 1e-4,
+        **dump,
+        **rival,
+    }
+    path = options.folder / case["name"] / f"{rival['system']}.json"
+    path.write_text(json.dumps(settings, indent=1))
+    return str(path)
+
+
+def one(case: dict[str, Any], system: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Run one measurement; what it found, or why it found nothing."""
+    out = options.folder / case["name"] / f"{system}-result.json"
+    out.unlink(missing_ok=True)
+    script, first, *rest = arguments
+    command = [sys.executable, str(HERE / script), first, str(out), *rest]
+    told = {
+        "case": case["name"],
+        "what": case["what"],
+        "system": system,
+        "method": case["method"],
+        "size": case["size"],
+        "date": date.today().isoformat(),
+        "recipe": json.loads(Path(first).read_text())
+        if first.endswith("json")
+        else tomllib.loads(Path(first).read_text()),
+        "command": "python benchmarks/run.py " + shlex.join(sys.argv[1:]),
+    }
+    log = out.with_suffix(".log")
+    with open(log, "w") as stream:
+        try:
+            done = subprocess.run(command, stdout=stream, stderr=stream, timeout=options.timeout, check=False)
+            code = str(done.returncode)
+        except subprocess.TimeoutExpired:
+            code = "out of time"
+    if not out.exists():
+        return told | {"failed": f"exit {code}: " + log.read_text()[-1500:]}
+    found = json.loads(out.read_text())
+    if "product_tflops" in found:
+        found["share_of_products"] = found["tokens_per_second"] * flops_per_token(case) / found["product_tflops"] / 1e12
+    return told | found
+
+
+def flops_per_token(case: dict[str, Any]) -> float:
+    """What a token must cost, whatever is recomputed: products with frozen weights forward and for the gradient of
+    their input, 4 P; with trained ones also for their own, 6 P; causal attention, 2 S D L forward and 2.5 times
+    that backward; adapters aside, which are under one per cent."""
+    shape = SIZES[case["size"]]
+    D, F, L, V = (shape[k] for k in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"))
+    kv = D * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    products = L * (2 * D * D + 2 * D * kv + 3 * D * F) + V * D
+    document = case["max_seq_len"] if "data" not in case else 0  # of short ones attention costs next to nothing
+    return (6 if case["method"] == "full" else 4) * products + 3.5 * 2 * document * D * L
+
+
+def report(case: dict[str, Any], measured: list[dict[str, Any]]) -> None:
+    ours = next((m["loss_tokens_per_second"] for m in measured if m["system"] == "minitune" and "failed" not in m), 0)
+    for r in measured:
+        if "failed" in r:
+            print(f"{case['name']:12} {r['system']:10} FAILED {r['failed'][-700:]}", flush=True)
+            continue
+        spread, late = r["step_seconds"], len(r.get("compiled_after_warm_up", []))
+        parts = [
+            f"{case['name']:11} {r['system']:9}",
+            f"{r['tokens_per_second']:7.0f} tok/s",
+            f"{r['loss_tokens_per_second']:7.0f} loss tok/s",
+            f"{r['peak_allocated_gb']:6.2f} GB allocated {r['peak_reserved_gb']:6.2f} reserved",
+            f"step {spread['median']:.3f} ({spread['least']:.3f}-{spread['most']:.3f}) s",
+            f"first {r['first_step_seconds']:.1f} s",
+            f"loss {r['losses'][0]:.3f} -> {r['final_loss']:.3f}",
+            f"{late} compiled late" if late else "",
+            f"{r['share_of_products']:.0%} of products" if "share_of_products" in r else "",
+            f"minitune {ours / r['loss_tokens_per_second']:.2f}x" if ours and r["system"] != "minitune" else "",
+        ]
+        print("  ".join(filter(None, parts)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""SwiGLU, https://arxiv.org/abs/2002.05202, with the adapters of gate, up and down inside it.
+
+gate and up come as their products with the frozen weights; what their adapters add is a product of rank r, made here
+on the tile at hand instead of in a pass of its own over tensors that are the largest of a block. The adapter of down
+reads what comes out, and its gradient goes in, on the way. Where nothing is adapted, this is plain SwiGLU.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minitune.kernels.dropout import Dropout, column_key_kernel, kept_kernel, row_key_kernel
+from minitune.kernels.launch import blocks, fused, jit, power_of_two, tl
+from minitune.kernels.low_rank import dropped
+
+
+def swiglu(
+    gate_up: Tensor,
+    xa: Tensor | None,
+    B: Tensor | None,
+    A_down: Tensor | None,
+    scale: float = 1.0,
+    drop: Dropout | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """h = silu(gate) * up (N, F), and scale * dropped(h) A_down^T (N, r), which down's adapter goes on from.
+
+    gate_up (N, 2F): products with the frozen weights; xa (N, 2r): what went down in their adapters; B (2F, r):
+    their ways up, gate's above up's; A_down (r, F).
+    """
+    if not fused(gate_up):
+        return plain_swiglu(gate_up, xa, B, A_down, scale, drop)
+    (N, width), r = gate_up.shape, rank(B, A_down)
+    splits, span = split(N, width // 2)
+    h = gate_up.new_empty(N, width // 2)
+    ha = None if A_down is None else h.new_empty(splits, N, r, dtype=torch.float32)
+    swiglu_kernel[(blocks(N, ROWS), splits)](
+        gate_up, xa, B, A_down, None if drop is None else drop.seeds, h, ha, N, width // 2, span,
+        0 if drop is None else drop.threshold, 1.0 if drop is None else drop.scale,
+        r, power_of_two(r, 16), B is not None, A_down is not None, drop is not None, ROWS, COLUMNS, 3, num_warps=4,
+    )  # fmt: skip
+    return h, None if ha is None else (scale * ha.sum(0)).to(h.dtype)
+
+
+def swiglu_backward(
+    dh: Tensor,
+    t: Tensor | None,
+    gate_up: Tensor,
+    xa: Tensor | None,
+    B: Tensor | None,
+    A_down: Tensor | None,
+    scale: float = 1.0,
+    drop: Dropout | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """From dL/dh by way of down's frozen weight (N, F) and t (N, r), what comes down in down's adapter:
+    dL/dgate_up (N, 2F), h once more (N, F), and scale * dL/dgate B_gate, the same for up (N, 2r).
+
+    The first two take the places of gate_up and dh, which are not needed any more: a program reads a tile of all
+    three before it writes over it, and no other program touches that tile.
+    """
+    if not fused(dh):
+        return plain_swiglu_backward(dh, t, gate_up, xa, B, A_down, scale, drop)
+    (N, width), r = gate_up.shape, rank(B, A_down)
+    splits, span = split(N, width // 2)
+    below = None if B is None else dh.new_empty(splits, N, 2 * r, dtype=torch.float32)
+    swiglu_backward_kernel[(blocks(N, ROWS), splits)](
+        dh, t, gate_up, xa, B, A_down, None if drop is None else drop.seeds, below, N, width // 2, span,
+        0 if drop is None else drop.threshold, 1.0 if drop is None else drop.scale,
+        r, power_of_two(r, 16), B is not None, A_down is not None, drop is not None, ROWS, COLUMNS, 3, num_warps=4,
+    )  # fmt: skip
+    return gate_up, dh, None if below is None else (scale * below.sum(0)).to(dh.dtype)
+
+
+def rank(B: Tensor | None, A_down: Tensor | None) -> int:
+    return B.shape[1] if B is not None else A_down.shape[0] if A_down is not None else 1
+
+
+ROWS, COLUMNS = 64, 32  # of the tile that a program holds; each of its four warps has sixteen rows
+
+
+def split(N: int, F: int) -> tuple[int, int]:
+    """Into how many parts the F features are cut, and the width of one: some eight programs a processor.
+
+    What goes down in an adapter is summed over the parts afterwards, in order.
+    """
+    parts = max(1, min(1024 // blocks(N, ROWS), blocks(F, 8 * COLUMNS)))
+    span = blocks(blocks(F, COLUMNS), parts) * COLUMNS
+    return blocks(F, span), span
+
+
+def with_adapters(gate_up: Tensor, xa: Tensor | None, B: Tensor | None) -> tuple[Tensor, Tensor]:
+    """gate and up (N, F) in fp32 (or fp64), their adapters' part added."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(wide).chunk(2, dim=1)
+    if B is None:
+        return gate, up
+    down_gate, down_up = xa.to(wide).chunk(2, dim=1)
+    B_gate, B_up = B.to(wide).chunk(2)
+    return gate + down_gate @ B_gate.T, up + down_up @ B_up.T
+
+
+def plain_swiglu(gate_up, xa, B, A_down, scale, drop):
+    gate, up = with_adapters(gate_up, xa, B)
+    h = (F.silu(gate) * up).to(gate_up.dtype)
+    return h, None if A_down is None else scale * (dropped(h, drop, 0) @ A_down.T)
+
+
+def plain_swiglu_backward(dh, t, gate_up, xa, B, A_down, scale, drop):
+    gate, up = with_adapters(gate_up, xa, B)
+    d = dh.to(gate.dtype)
+    if A_down is not None:
+        d = d + dropped(t.to(d.dtype) @ A_down.to(d.dtype), drop, 0)
+    share, silu = torch.sigmoid(gate), F.silu(gate)
+    dgate, dup, h = d * up * share * (1 + gate * (1 - share)), d * silu, silu * up
+    gate_up.copy_(torch.cat((dgate, dup), dim=1))
+    below = None
+    if B is not None:
+        parts = zip(gate_up.chunk(2, dim=1), B.chunk(2), strict=True)
+        below = torch.cat([scale * (part @ b) for part, b in parts], dim=1)
+    return gate_up, dh.copy_(h), below
+
+
+@jit
+def load_up_kernel(B, columns, R: tl.constexpr, RANKS: tl.constexpr, width):
+    """Some rows of a B (width, R): (columns, RANKS)."""
+    ranks = tl.arange(0, RANKS)
+    return tl.load(
+        B + columns[:, None] * R + ranks[None, :], mask=(columns < width)[:, None] & (ranks < R)[None, :], other=0.0
+    )
+
+
+@jit
+def swiglu_kernel(
+    gate_up, xa, B, A_down, seeds, h, ha, N, F, SPAN, threshold, keep_scale,
+    R: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, DOWN: tl.constexpr, DROP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ranks = tl.arange(0, RANKS)
+    row = rows.to(tl.int64)[:, None]
+    here = (rows < N)[:, None]
+    thin = here & (ranks < R)[None, :]
+    if ADAPTED:
+        xa_gate = tl.load(xa + row * (2 * R) + ranks[None, :], mask=thin, other=0.0)
+        xa_up = tl.load(xa + row * (2 * R) + R + ranks[None, :], mask=thin, other=0.0)
+    if DROP:
+        row_key = row_key_kernel(seeds, 0, rows)
+    below = tl.zeros((ROWS, RANKS), tl.float32)
+    begin = tl.program_id(1) * SPAN
+    for start in tl.range(begin, min(begin + SPAN, F), COLUMNS, num_stages=STAGES):
+        columns = start + tl.arange(0, COLUMNS)
+        real = here & (columns < F)[None, :]
+        at = gate_up + row * (2 * F) + columns[None, :]
+        g = tl.load(at, mask=real, other=0.0)
+        kind = g.dtype
+        g = g.to(tl.float32)
+        u = tl.load(at + F, mask=real, other=0.0).to(tl.float32)
+        if ADAPTED:
+            b = load_up_kernel(B, columns, R, RANKS, F)
+            g = tl.dot(xa_gate, tl.trans(b), g, input_precision="ieee")
+            b = load_up_kernel(B + F * R, columns, R, RANKS, F)
+            u = tl.dot(xa_up, tl.trans(b), u, input_precision="ieee")
+        out = (g * tl.sigmoid(g) * u).to(kind)
+        tl.store(h + row * F + columns[None, :], out, mask=real)
+        if DOWN:
+            a = tl.load(
+                A_down + ranks[None, :] * F + columns[:, None],
+                mask=(ranks < R)[None, :] & (columns < F)[:, None],
+                other=0.0,
+            )
+            if DROP:
+                keep = kept_kernel(row_key, column_key_kernel(columns), 0, threshold)
+                out = tl.where(keep, out.to(tl.float32) * keep_scale, 0.0).to(kind)
+            below = tl.dot(out, a, below, input_precision="ieee")
+    if DOWN:
+        part = tl.program_id(1).to(tl.int64) * N
+        tl.store(ha + (part + row) * R + ranks[None, :], below, mask=thin)
+
+
+@jit
+def swiglu_backward_kernel(
+    dh, t, gate_up, xa, B, A_down, seeds, below, N, F, SPAN, threshold, keep_scale,
+    R: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, DOWN: tl.constexpr, DROP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    ranks = tl.arange(0, RANKS)
+    row = rows.to(tl.int64)[:, None]
+    here = (rows < N)[:, None]
+    thin = here & (ranks < R)[None, :]
+    if ADAPTED:
+        xa_gate = tl.load(xa + row * (2 * R) + ranks[None, :], mask=thin, other=0.0)
+        xa_up = tl.load(xa + row * (2 * R) + R + ranks[None, :], mask=thin, other=0.0)
+    if DOWN:
+        t_down = tl.load(t + row * R + ranks[None, :], mask=thin, other=0.0)
+    if DROP:
+        row_key = row_key_kernel(seeds, 0, rows)
+    below_gate = tl.zeros((ROWS, RANKS), tl.float32)
+    below_up = tl.zeros((ROWS, RANKS), tl.float32)
+    begin = tl.program_id(1) * SPAN
+    for start in tl.range(begin, min(begin + SPAN, F), COLUMNS, num_stages=STAGES):
+        columns = start + tl.arange(0, COLUMNS)
+        real = here & (columns < F)[None, :]
+        at = gate_up + row * (2 * F) + columns[None, :]
+        dh_at = dh + row * F + columns[None, :]
+        g = tl.load(at, mask=real, other=0.0)
+        kind = g.dtype
+        g = g.to(tl.float32)
+        u = tl.load(at + F, mask=real, other=0.0).to(tl.float32)
+        d = tl.load(dh_at, mask=real, other=0.0).to(tl.float32)
+        if ADAPTED:
+            b_gate = load_up_kernel(B, columns, R, RANKS, F)
+            b_up = load_up_kernel(B + F * R, columns, R, RANKS, F)
+            g = tl.dot(xa_gate, tl.trans(b_gate), g, input_precision="ieee")
+            u = tl.dot(xa_up, tl.trans(b_up), u, input_precision="ieee")
+        if DOWN:
+            a = tl.load(
+                A_down + ranks[:, None] * F + columns[None, :],
+                mask=(ranks < R)[:, None] & (columns < F)[None, :],
+                other=0.0,
+            )
+            if DROP:
+                part = tl.dot(t_down, a, input_precision="ieee")
+                keep = kept_kernel(row_key, column_key_kernel(columns), 0, threshold)
+                d += tl.where(keep, part * keep_scale, 0.0)
+            else:
+                d = tl.dot(t_down, a, d, input_precision="ieee")
+        share = tl.sigmoid(g)
+        silu = g * share
+        dg = (d * u * share * (1 + g * (1 - share))).to(kind)
+        du = (d * silu).to(kind)
+        tl.store(dh_at, silu * u, mask=real)
+        tl.store(at, dg, mask=real)
+        tl.store(at + F, du, mask=real)
+        if ADAPTED:
+            below_gate = tl.dot(dg, b_gate, below_gate, input_precision="ieee")
+            below_up = tl.dot(du, b_up, below_up, input_precision="ieee")
+    if ADAPTED:
+        at = below + (tl.program_id(1).to(tl.int64) * N + row) * (2 * R) + ranks[None, :]
+        tl.store(at, below_gate, mask=thin)
+        tl.store(at + R, below_up, mask=thin)

@@ -1,0 +1,96 @@
+"""What blocks keep for the backward pass, in host memory while it waits.
+
+A copy out starts when a block's forward pass ends and goes on beside the compute of the next blocks; a copy back
+starts one block ahead of its use. So a GPU holds the kept tensors of two or three blocks, and the others lie in
+page-locked memory, which the copies can reach without the processor.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SMALLEST = 2**20  # bytes; below it a copy is not worth its start
+IN_FLIGHT = 2  # blocks whose copies out may still be under way
+
+
+@dataclass
+class Away:
+    """One tensor in host memory, or on its way."""
+
+    host: Tensor  # page-locked on a machine with a GPU
+    here: Tensor | None  # on the device: until it has left, and once it is back
+    moved: torch.cuda.Event | None = None  # after the copy last started
+
+
+class HostMemory:
+    """Where blocks put what they keep. One for all blocks of a model, used in the order of its layers."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waiting: list[list[Away]] = []  # of each block whose backward pass is to come, in the order of forward
+        self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)  # host tensors to use again
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Within it, the large tensors that autograd saves go to host memory; it is one block's forward pass."""
+        if not torch.is_grad_enabled():
+            yield
+            return
+        mine: list[Away] = []
+        self.waiting.append(mine)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: self.put(x, mine), lambda x: self.get(x, mine)):
+            yield
+        for away in self.waiting[-1 - IN_FLIGHT] if len(self.waiting) > IN_FLIGHT else ():
+            self.wait(away)
+            away.here = None  # compute has waited for the copy, so the memory may be used again
+
+    def put(self, x: Tensor, mine: list[Away]) -> Tensor | Away:
+        if x.nbytes < SMALLEST or x.itemsize > 2:  # fp32 ones are tables that all blocks share, and small
+            return x
+        shelf = self.free[x.shape, x.dtype]
+        host = shelf.pop() if shelf else torch.empty(x.shape, dtype=x.dtype, pin_memory=self.copies is not None)
+        away = Away(host, x.detach())
+        self.copy(away, out=True)
+        mine.append(away)
+        return away
+
+    def get(self, x: Tensor | Away, mine: list[Away]) -> Tensor:
+        if isinstance(x, Tensor):
+            return x
+        if self.waiting and self.waiting[-1] is mine:  # the first of this block: time to fetch the next one's
+            self.waiting.pop()
+            for away in (*mine, *(self.waiting[-1] if self.waiting else ())):
+                if away.here is None:
+                    away.here = torch.empty_like(away.host, device=self.device, pin_memory=False)
+                    self.copy(away, out=False)
+        self.wait(x)
+        self.free[x.host.shape, x.host.dtype].append(x.host)  # copies follow each other, so it may be filled anew
+        here, x.here = x.here, None
+        return here
+
+    def copy(self, away: Away, out: bool) -> None:
+        source, target = (away.here, away.host) if out else (away.host, away.here)
+        self.device = away.here.device
+        if self.copies is None:
+            target.copy_(source)
+            return
+        self.copies.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.copies):
+            target.copy_(source, non_blocking=True)
+            away.moved = self.copies.record_event()
+
+    def wait(self, away: Away) -> None:
+        """Let compute wait for the copy last started."""
+        if away.moved is not None:
+            torch.cuda.current_stream().wait_event(away.moved)
+
+
+def block_of(host: HostMemory | None):
+    """The context of one block's forward pass: `host.block()`, or nothing."""
+    return nullcontext() if host is None else host.block()

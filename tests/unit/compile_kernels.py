@@ -1,0 +1,60 @@
+"""Compile every kernel for Hopper, without a GPU, as it is launched at the 8B shape. Run by test_kernels.py."""
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from minitune.kernels import four_bits, launch, low_rank, norm, rotary, softmax, swiglu
+
+BF16, FP32, U8, I64 = "*bf16", "*fp32", "*u8", "*i64"
+POINTERS = {
+    "factor": FP32, "dweight": FP32, "cos": FP32, "sin": FP32, "seeds": I64, "labels": I64, "losses": FP32, "ha": FP32,
+    "packed": U8, "absmax": U8, "nested_absmax": FP32, "offset": FP32, "nested_levels": FP32, "levels": FP32,
+}  # fmt: skip
+NUMBERS = {"eps": "fp32", "scale": "fp32", "keep_scale": "fp32"}
+COUNTS = ("D", "N", "C", "F", "V", "H", "K", "n", "half", "row", "x_row", "t_row", "A_row", "A_column", "out_rank",
+          "out_column", "threshold", "SPAN", "heads", "before")  # fmt: skip
+
+
+def compile_kernel(kernel, warps=4, pointers=(), **constants) -> None:
+    names = kernel.arg_names
+
+    def kind(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        return (
+            dict(pointers).get(name) or POINTERS.get(name) or NUMBERS.get(name) or ("i32" if name in COUNTS else BF16)
+        )
+
+    source = ASTSource(
+        kernel,
+        signature={name: kind(name) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+    )
+    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert done.metadata.shared <= 227 * 1024, (kernel, done.metadata.shared)
+
+
+def main() -> None:
+    compile_kernel(launch.one_kernel, pointers=[("out", "*i32")])
+    compile_kernel(norm.norm_kernel, 8, ADDED=True, SIZE=4096)
+    compile_kernel(norm.norm_backward_kernel, 8, TOO=True, WEIGHT=True, SIZE=4096)
+    compile_kernel(softmax.cross_entropy_kernel, 8, SIZE=4096)
+    compile_kernel(four_bits.dequantize_kernel, 8, SIZE=4096)
+    for r in (16, 64):
+        ranks = {"R": r, "RANKS": r}
+        for drop in (False, True):
+            thin = {**ranks, "n": 3 if drop else 1, "DROP": drop, "COLUMNS": 128}
+            compile_kernel(low_rank.down_kernel, **thin, ROWS=32)
+            compile_kernel(low_rank.gradient_kernel, pointers=[("out", FP32)], **thin, ROWS=64)
+            tile = {**ranks, "ADAPTED": True, "DOWN": True, "DROP": drop, "STAGES": 3}
+            tile |= {"ROWS": swiglu.ROWS, "COLUMNS": swiglu.COLUMNS}
+            compile_kernel(swiglu.swiglu_kernel, **tile)
+            compile_kernel(swiglu.swiglu_backward_kernel, pointers=[("below", FP32)], **tile)
+        compile_kernel(low_rank.up_kernel, **ranks, n=3, ROWS=64, COLUMNS=128)
+        compile_kernel(rotary.turn_kernel, **ranks, ADAPTED=True, ROWS=32, HALF=64)
+        compile_kernel(rotary.turn_backward_kernel, **ranks, ADAPTED=True, ROWS=16, HALF=64)
+    print("12 kernels compile")
+
+
+main()
