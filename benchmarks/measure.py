@@ -62,33 +62,39 @@ class Recorder:
 
     def seconds(self) -> list[float]:
         """Of each step."""
+        wait()
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
             return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self.marks)]
         return [b - a for a, b in itertools.pairwise(self.marks)]
 
 
 class Profile:
-    """One step under PyTorch's profiler: GPU time by kernel."""
+    """One step under PyTorch's profiler: GPU time by kernel (CPU time by operation where there is no GPU)."""
 
     def __init__(self, out: Path) -> None:
         self.out = out
 
     def __enter__(self):
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-        self.profiler = torch.profiler.profile(activities=activities)
+        wait()
+        self.profiler = torch.profiler.profile()
         self.profiler.__enter__()
 
     def __exit__(self, *error):
-        torch.cuda.synchronize()
+        wait()
         self.profiler.__exit__(*error)
         kernels: dict[str, list[float]] = {}
         for event in self.profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
+            if not torch.cuda.is_available():
+                kernels.setdefault(event.name, []).append(event.self_cpu_time_total / 1e3)
+            elif event.device_type == torch.autograd.DeviceType.CUDA:
                 kernels.setdefault(event.name, []).append(event.device_time_total / 1e3)
         rows = [{"kernel": k, "calls": len(t), "ms": sum(t)} for k, t in kernels.items()]
         self.out.write_text(json.dumps(sorted(rows, key=lambda row: -row["ms"]), indent=1))
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def mark():

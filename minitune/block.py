@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from minitune.adapters.lora import LoRALinear
 from minitune.attention import Documents
 from minitune.kernels.dropout import Dropout
-from minitune.kernels.low_rank import down, gradient, up
+from minitune.kernels.low_rank import down, gradient, product_fp32, up
 from minitune.kernels.norm import norm, norm_backward
 from minitune.kernels.rotary import turn, turn_backward
 from minitune.kernels.swiglu import swiglu, swiglu_backward
@@ -115,7 +115,7 @@ class HandBlock:
         h, _, factor = norm(x, self.norms[0].weight, self.norms[0].eps)
         xa = self.qkv.down(h, drop) if xa is None else xa
         heads = self.qkv.widths[1] // self.attention.head_dim
-        return factor, xa, turn(self.qkv.product(h), xa, self.qkv.B(), *tables, heads)
+        return factor, xa, turn(self.qkv.product(h), xa, self.qkv.B, *tables, heads)
 
     def middle(self, x, o, xa, drop):
         """Attention's output (N, H h), projected and added to x: the sum x2, its norm h, the factor, what went down."""
@@ -131,6 +131,9 @@ class BlockFunction(torch.autograd.Function):
         x = x.reshape(B * T, D)
         tables = [table.expand(B, T, 1, -1).reshape(B * T, -1) for table in (cos, sin)]  # (N, h/2)
         keep, drops = hand.keep, hand.drops()
+        copies = [copy for fan in hand.fans for copy in fan.refresh()]
+        if copies:
+            torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
 
         factor1, xa_qkv, qkv = hand.inputs(x, None, tables, drops[0])
         core = AttentionPass(hand.attention.core, documents, (B, T))
@@ -141,7 +144,7 @@ class BlockFunction(torch.autograd.Function):
         gate_up = hand.gate_up.product(h)
         del h
         h, xa_down = swiglu(
-            gate_up, xa_gate_up, hand.gate_up.B(), hand.down.A(), hand.down.scaling, drops[3]
+            gate_up, xa_gate_up, hand.gate_up.B, hand.down.A, hand.down.scaling, drops[3]
         )  # (N, F), with what goes down in down's adapter
         out = x2 + hand.down.adapted(h, xa_down)
 
@@ -180,7 +183,7 @@ class BlockFunction(torch.autograd.Function):
         t = hand.down.down_back(dout)
         dh = hand.down.product_back(dout)
         dgate_up, h, t_gate_up = swiglu_backward(
-            dh, t, gate_up, xa_gate_up, hand.gate_up.B(), hand.down.A(), hand.gate_up.scaling, drops[3]
+            dh, t, gate_up, xa_gate_up, hand.gate_up.B, hand.down.A, hand.gate_up.scaling, drops[3]
         )
         del dh, gate_up
         down_grads = hand.down.gradients(h, xa_down, dout, t, drops[3])
@@ -198,7 +201,7 @@ class BlockFunction(torch.autograd.Function):
         del o
         dq, dk, dv = core.backward(do)
         del do
-        dqkv, t_qkv = turn_backward(dq, dk, dv, hand.qkv.B(), *tables, hand.qkv.scaling)
+        dqkv, t_qkv = turn_backward(dq, dk, dv, hand.qkv.B, *tables, hand.qkv.scaling)
         del dq, dk, dv
         dx = dweights1 = None
         if ctx.needs_input_grad[0] or weights1.requires_grad:
@@ -242,6 +245,8 @@ class Fan:
         self.rank, self.scaling, self.dropout = (
             (some.lora_A.shape[0], some.scaling, some.dropout) if some else (0, 1.0, 0.0)
         )
+        self.A: Tensor | None = None
+        self.B: Tensor | None = None
 
     def trained(self) -> Iterator[nn.Parameter]:
         """Its parameters that train, in the order of `gradients`."""
@@ -249,23 +254,26 @@ class Fan:
             own = [adapter.lora_A, adapter.lora_B] if adapter else [base.weight] if type(base) is nn.Linear else []
             yield from (parameter for parameter in own if parameter.requires_grad)
 
-    def A(self) -> Tensor | None:
-        """The ways down of its adapters, one above the other (n r, in), in the dtype that multiplies."""
-        return self.stacked("lora_A", lambda width: (self.rank, self.bases[0].in_features))
+    def refresh(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where its adapters' parameters are copied to, in the dtype that multiplies, and the parameters.
 
-    def B(self) -> Tensor | None:
-        """Their ways up, one above the other (out, r)."""
-        return self.stacked("lora_B", lambda width: (width, self.rank))
-
-    def stacked(self, name: str, shape) -> Tensor | None:
+        A (n r, in): the ways down, one above the other; B (out, r): the ways up. Where a linear has no adapter among
+        others that have, zeros take its place.
+        """
         if not self.rank:
-            return None
-        some = next(getattr(adapter, name) for adapter in self.adapters if adapter)
-        parts = [  # where a linear has no adapter among others that have, zeros take its place
-            getattr(adapter, name) if adapter else some.new_zeros(shape(width))
-            for adapter, width in zip(self.adapters, self.widths, strict=True)
-        ]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(dtype_of(self.bases[0]))
+            return
+        if self.A is None or self.A.device != self.device():
+            like = {"dtype": dtype_of(self.bases[0]), "device": self.device()}
+            self.A = torch.zeros(len(self.adapters) * self.rank, self.bases[0].in_features, **like)
+            self.B = torch.zeros(sum(self.widths), self.rank, **like)
+        places = zip(self.adapters, self.A.chunk(len(self.adapters)), self.B.split(self.widths), strict=True)
+        for adapter, A, B in places:
+            if adapter:
+                yield A, adapter.lora_A
+                yield B, adapter.lora_B
+
+    def device(self) -> torch.device:
+        return next(adapter for adapter in self.adapters if adapter).lora_A.device
 
     # ---- forward ---------------------------------------------------------------------------------------------------
 
@@ -278,13 +286,13 @@ class Fan:
 
     def down(self, x: Tensor, drop: Dropout | None) -> Tensor | None:
         """What goes down in its adapters, scaled: (N, in) -> (N, n r)."""
-        return down(x, self.A(), self.scaling, len(self.adapters), drop) if self.rank else None
+        return down(x, self.A, self.scaling, len(self.adapters), drop) if self.rank else None
 
     def adapted(self, x: Tensor, xa: Tensor | None) -> Tensor:
         """The whole output of a fan of one: the adapter's part first, so that the large product adds itself to it."""
         if xa is None:
             return self.product(x)
-        out = xa @ self.B().T
+        out = xa @ self.B.T
         for weight, columns in self.weights(out):
             columns.addmm_(x, weight.T)
         return out
@@ -293,7 +301,7 @@ class Fan:
 
     def down_back(self, dy: Tensor) -> Tensor | None:
         """t of a fan of one, scaled: (N, out) -> (N, r)."""
-        return down(dy, self.B().T, self.scaling) if self.rank else None
+        return down(dy, self.B.T, self.scaling) if self.rank else None
 
     def product_back(self, dy: Tensor, out: Tensor | None = None) -> Tensor:
         """dy W, added to `out` where that is given: (N, out) -> (N, in)."""
@@ -303,7 +311,7 @@ class Fan:
 
     def back(self, dy: Tensor, t: Tensor | None, drop: Dropout | None) -> Tensor:
         """The gradient of its input (N, in), the adapters' part first."""
-        return self.product_back(dy, None if t is None else up(t, self.A(), len(self.adapters), drop))
+        return self.product_back(dy, None if t is None else up(t, self.A, len(self.adapters), drop))
 
     def gradients(
         self, x: Tensor, xa: Tensor | None, dy: Tensor, t: Tensor | None, drop: Dropout | None
@@ -317,9 +325,10 @@ class Fan:
             if adapter and adapter.lora_A.requires_grad:
                 grads.append(dA[i])
             if adapter and adapter.lora_B.requires_grad:
-                grads.append(gradient(xa.chunk(n, dim=1)[i], columns, turned=True))
+                grads.append(product_fp32(columns.T, xa.chunk(n, dim=1)[i]))
             if not adapter and type(base) is nn.Linear and base.weight.requires_grad:
-                grads.append(outer(columns, x, base.weight.grad_dtype))
+                wide = base.weight.grad_dtype != x.dtype
+                grads.append(product_fp32(columns.T, x) if wide else columns.T @ x)
         return grads
 
     # ---- weights ---------------------------------------------------------------------------------------------------
@@ -382,13 +391,6 @@ def side_by_side(weights: list[Tensor]) -> Tensor | None:
         end += weight.nbytes
     rows = sum(weight.shape[0] for weight in weights)
     return weights[0].as_strided((rows, weights[0].shape[1]), weights[0].stride())
-
-
-def outer(dy: Tensor, x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """dy^T x, the gradient of a weight (out, in); summed in fp32, and left so where the gradient is kept in it."""
-    if dtype == torch.float32 and x.dtype != dtype:
-        return torch.mm(dy.T, x, out_dtype=dtype) if x.is_cuda else dy.T.to(dtype) @ x.to(dtype)
-    return dy.T @ x
 
 
 def dtype_of(base: nn.Module) -> torch.dtype:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minitune.kernels.low_rank import product_fp32
 from minitune.kernels.softmax import cross_entropy_
 
 IGNORE = -100  # a label that is not to be learned
@@ -29,7 +30,7 @@ class TokenLoss(nn.Module):
         hidden, labels = hidden.flatten(0, 1), labels.flatten()
         if learned is None:
             learned = (labels != IGNORE).nonzero()[:, 0]
-        hidden, labels = hidden[learned], labels[learned]  # (N, D), (N,)
+        hidden, labels = hidden.index_select(0, learned), labels.index_select(0, learned)  # (N, D), (N,)
         if type(head) is nn.Linear and head.bias is None:
             return HeadLoss.apply(hidden, head.weight, labels, torch.is_grad_enabled())
         total = torch.zeros((), device=hidden.device)
@@ -63,7 +64,7 @@ class HeadLoss(torch.autograd.Function):
             if dhidden is not None:
                 torch.mm(gradient, weight, out=dhidden[start : start + CHUNK])
             if dweight is not None:
-                dweight += sum_in_fp32(gradient.T, piece)
+                dweight += product_fp32(gradient.T, piece)
         ctx.gradients = dhidden, dweight
         return losses.sum()
 
@@ -76,10 +77,3 @@ class HeadLoss(torch.autograd.Function):
             None,
             None,
         )
-
-
-def sum_in_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, its sums never rounded to less than fp32."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()

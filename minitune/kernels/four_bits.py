@@ -22,9 +22,9 @@ def dequantize(
 ) -> None:
     """Fill out (rows, in), contiguous, from packed (rows, in/2), absmax (rows, in/64) uint8 and what they refer to."""
     n = packed.numel()
-    dequantize_kernel[(blocks(n, 4096),)](
-        packed, absmax, nested_absmax, offset, nested_levels, levels, out, n, 4096,
-        num_warps=8, **({"enable_fp_fusion": False} if out.is_cuda else {}),
+    dequantize_kernel[(blocks(n, 1024),)](
+        packed, absmax, nested_absmax, offset, nested_levels, levels, out, n, 1024,
+        num_warps=4, **({"enable_fp_fusion": False} if out.is_cuda else {}),
     )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """The thin products of adapters: N tokens by some thousand features by a rank of 8 to 64.
 
 They move a lot and compute little, so what counts is how often a large tensor is read. Adapters whose linears read
-the same input are stacked: their `down` reads it once. Dropout is decided where an input is read (`dropout.py`).
-Everything is summed in one order, so the same bits come out each time.
+the same input are stacked: their `down` reads it once. Without dropout these are plain products, and cuBLAS is the
+fastest at them; with it, what is dropped is decided where an input is read (`dropout.py`), so that no masked copy of
+it is ever made. Everything is summed in one order, so the same bits come out each time.
 """
 
 from __future__ import annotations
@@ -16,59 +17,58 @@ from minitune.kernels.launch import blocks, fused, jit, power_of_two, tl
 
 def down(x: Tensor, A: Tensor, scale: float, adapters: int = 1, drop: Dropout | None = None) -> Tensor:
     """scale * dropped(x) A^T: x (N, C), the A (n r, C) of n adapters stacked -> (N, n r), each its own r columns."""
+    out = x.new_empty(x.shape[0], A.shape[0])
+    if drop is None:
+        return torch.addmm(out, x, A.T, beta=0, alpha=scale, out=out)
     if not fused(x):
         parts = [dropped(x, drop, i) @ a.T for i, a in enumerate(A.chunk(adapters))]
         return scale * torch.cat(parts, dim=1)
-    n, r = (adapters, A.shape[0] // adapters) if drop else (1, A.shape[0])
-    (N, C), out = x.shape, torch.empty(x.shape[0], A.shape[0], dtype=x.dtype, device=x.device)
+    (N, C), r = x.shape, A.shape[0] // adapters
     rows = 64 if N > 8192 else 32 if N > 2048 else 16
     down_kernel[(blocks(N, rows),)](
-        x, A, None if drop is None else drop.seeds, out, N, C, x.stride(0), *A.stride(), scale,
-        0 if drop is None else drop.threshold, 1.0 if drop is None else drop.scale,
-        n, r, power_of_two(r, 16), drop is not None, rows, 128, num_warps=4, num_stages=4,
+        x, A, drop.seeds, out, N, C, x.stride(0), scale, drop.threshold, drop.scale,
+        adapters, r, power_of_two(r, 16), rows, 128, num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
 
 
 def up(t: Tensor, A: Tensor, adapters: int = 1, drop: Dropout | None = None) -> Tensor:
     """The gradient of `down` for its input: sum over adapters of dropped(t_i A_i), t (N, n r), A (n r, C) -> (N, C)."""
+    if drop is None:
+        return t @ A
     if not fused(t):
         parts = zip(t.chunk(adapters, dim=1), A.chunk(adapters), strict=True)
         return sum(dropped(ti @ a, drop, i) for i, (ti, a) in enumerate(parts))
-    if drop is None:
-        return t @ A
-    N, C = t.shape[0], A.shape[1]
-    out, r = torch.empty(N, C, dtype=t.dtype, device=t.device), A.shape[0] // adapters
+    (N, C), r = (t.shape[0], A.shape[1]), A.shape[0] // adapters
+    out = t.new_empty(N, C)
     up_kernel[(blocks(N, 64), blocks(C, 128))](
-        t, A, drop.seeds, out, N, C, *A.stride(), drop.threshold, drop.scale, adapters, r, power_of_two(r, 16), 64, 128
+        t, A, drop.seeds, out, N, C, drop.threshold, drop.scale, adapters, r, power_of_two(r, 16), 64, 128
     )
     return out
 
 
-def gradient(t: Tensor, x: Tensor, adapters: int = 1, drop: Dropout | None = None, turned: bool = False) -> Tensor:
-    """The gradient of `down` for A: t^T dropped(x), t (N, n r), x (N, C) -> (n r, C) fp32; turned, (C, n r).
-
-    Turned and without dropout, with what went down as t and the gradient of what came up as x, it is B's.
-    """
+def gradient(t: Tensor, x: Tensor, adapters: int = 1, drop: Dropout | None = None) -> Tensor:
+    """The gradient of `down` for A: t^T dropped(x), t (N, n r), x (N, C) -> (n r, C) fp32."""
+    if drop is None:
+        return product_fp32(t.T, x)
     if not fused(x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        parts = [ti.T.to(wide) @ dropped(x, drop, i).to(wide) for i, ti in enumerate(t.chunk(adapters, dim=1))]
-        out = torch.cat(parts)
-        return out.T.contiguous() if turned else out
-    n, r = (adapters, t.shape[1] // adapters) if drop else (1, t.shape[1])
-    N, C = x.shape
-    columns = 128
-    splits = max(1, min(blocks(N, 256), 528 // blocks(C, columns)))  # four programs for each of some 132 processors
-    shape = (C, t.shape[1]) if turned else (t.shape[1], C)
-    out = torch.empty(splits, *shape, dtype=torch.float32, device=x.device)
-    gradient_kernel[(blocks(C, columns), splits)](
-        t, x, None if drop is None else drop.seeds, out, N, C, t.stride(0), x.stride(0),
-        *((1, t.shape[1]) if turned else (C, 1)),
-        0 if drop is None else drop.threshold, 1.0 if drop is None else drop.scale,
-        n, r, power_of_two(r, 16), drop is not None, blocks(blocks(N, 64), splits) * 64, 64, columns,
-        num_warps=4, num_stages=4,
+        return torch.cat([product_fp32(ti.T, dropped(x, drop, i)) for i, ti in enumerate(t.chunk(adapters, dim=1))])
+    (N, C), r = x.shape, t.shape[1] // adapters
+    splits = max(1, min(blocks(N, 256), 528 // blocks(C, 128)))  # four programs for each of some 132 processors
+    out = torch.empty(splits, t.shape[1], C, dtype=torch.float32, device=x.device)
+    gradient_kernel[(blocks(C, 128), splits)](
+        t, x, drop.seeds, out, N, C, x.stride(0), blocks(blocks(N, 64), splits) * 64, drop.threshold, drop.scale,
+        adapters, r, power_of_two(r, 16), 64, 128, num_warps=4, num_stages=4,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
+
+
+def product_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32 (or fp64), never rounded to less."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.to(wide) @ b.to(wide)
 
 
 def dropped(x: Tensor, drop: Dropout | None, which: int) -> Tensor:
@@ -78,52 +78,47 @@ def dropped(x: Tensor, drop: Dropout | None, which: int) -> Tensor:
 
 @jit
 def down_kernel(
-    x, A, seeds, out, N, C, x_row, A_row, A_column, scale, threshold, keep_scale,
-    n: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, DROP: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x, A, seeds, out, N, C, x_row, scale, threshold, keep_scale,
+    n: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, RANKS)
     x_rows = x + rows.to(tl.int64)[:, None] * x_row
     here = (rows < N)[:, None]
-    out_rows = out + rows.to(tl.int64)[:, None] * (n * R) + ranks[None, :]
     first = tl.zeros((ROWS, RANKS), tl.float32)
     second, third = first, first
-    if DROP:
-        key_a = row_key_kernel(seeds, 0, rows)
-        key_b = row_key_kernel(seeds, 2, rows)
+    key_a = row_key_kernel(seeds, 0, rows)
+    key_b = row_key_kernel(seeds, 2, rows)
     for start in range(0, C, COLUMNS):
         columns = start + tl.arange(0, COLUMNS)
         v = tl.load(x_rows + columns[None, :], mask=here & (columns < C)[None, :], other=0.0)
-        a_at = A + ranks[None, :] * A_row + columns[:, None] * A_column
+        a_at = A + ranks[None, :] * C + columns[:, None]
         a_real = (ranks < R)[None, :] & (columns < C)[:, None]
-        if DROP:
-            key = column_key_kernel(columns)
-            scaled = v.to(tl.float32) * keep_scale
-            a = tl.load(a_at, mask=a_real, other=0.0)
-            w = tl.where(kept_kernel(key_a, key, 0, threshold), scaled, 0.0).to(v.dtype)
-            first = tl.dot(w, a, first, input_precision="ieee")
-            if n > 1:
-                a = tl.load(a_at + R * A_row, mask=a_real, other=0.0)
-                w = tl.where(kept_kernel(key_a, key, 1, threshold), scaled, 0.0).to(v.dtype)
-                second = tl.dot(w, a, second, input_precision="ieee")
-            if n > 2:
-                a = tl.load(a_at + 2 * R * A_row, mask=a_real, other=0.0)
-                w = tl.where(kept_kernel(key_b, key, 2, threshold), scaled, 0.0).to(v.dtype)
-                third = tl.dot(w, a, third, input_precision="ieee")
-        else:
-            first = tl.dot(v, tl.load(a_at, mask=a_real, other=0.0), first, input_precision="ieee")
+        key = column_key_kernel(columns)
+        scaled = v.to(tl.float32) * keep_scale
+        a = tl.load(a_at, mask=a_real, other=0.0)
+        w = tl.where(kept_kernel(key_a, key, 0, threshold), scaled, 0.0).to(v.dtype)
+        first = tl.dot(w, a, first, input_precision="ieee")
+        if n > 1:
+            a = tl.load(a_at + R * C, mask=a_real, other=0.0)
+            w = tl.where(kept_kernel(key_a, key, 1, threshold), scaled, 0.0).to(v.dtype)
+            second = tl.dot(w, a, second, input_precision="ieee")
+        if n > 2:
+            a = tl.load(a_at + 2 * R * C, mask=a_real, other=0.0)
+            w = tl.where(kept_kernel(key_b, key, 2, threshold), scaled, 0.0).to(v.dtype)
+            third = tl.dot(w, a, third, input_precision="ieee")
+    at = out + rows.to(tl.int64)[:, None] * (n * R) + ranks[None, :]
     store = here & (ranks < R)[None, :]
-    tl.store(out_rows, first * scale, mask=store)
+    tl.store(at, first * scale, mask=store)
     if n > 1:
-        tl.store(out_rows + R, second * scale, mask=store)
+        tl.store(at + R, second * scale, mask=store)
     if n > 2:
-        tl.store(out_rows + 2 * R, third * scale, mask=store)
+        tl.store(at + 2 * R, third * scale, mask=store)
 
 
 @jit
 def up_kernel(
-    t, A, seeds, out, N, C, A_row, A_column, threshold, keep_scale,
+    t, A, seeds, out, N, C, threshold, keep_scale,
     n: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -132,12 +127,12 @@ def up_kernel(
     key = column_key_kernel(columns)
     t_at = t + rows.to(tl.int64)[:, None] * (n * R) + ranks[None, :]
     t_real = (rows < N)[:, None] & (ranks < R)[None, :]
-    a_at = A + ranks[:, None] * A_row + columns[None, :] * A_column
+    a_at = A + ranks[:, None] * C + columns[None, :]
     a_real = (ranks < R)[:, None] & (columns < C)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for i in tl.static_range(n):
         ti = tl.load(t_at + i * R, mask=t_real, other=0.0)
-        a = tl.load(a_at + i * R * A_row, mask=a_real, other=0.0)
+        a = tl.load(a_at + i * R * C, mask=a_real, other=0.0)
         part = tl.dot(ti, a, input_precision="ieee")
         total += tl.where(kept_kernel(row_key_kernel(seeds, i, rows), key, i, threshold), part, 0.0)
     at = out + rows.to(tl.int64)[:, None] * C + columns[None, :]
@@ -146,43 +141,36 @@ def up_kernel(
 
 @jit
 def gradient_kernel(
-    t, x, seeds, out, N, C, t_row, x_row, out_rank, out_column, threshold, keep_scale,
-    n: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, DROP: tl.constexpr,
-    SPAN, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    t, x, seeds, out, N, C, x_row, SPAN, threshold, keep_scale,
+    n: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     ranks = tl.arange(0, RANKS)
     inside = (columns < C)[None, :]
     first = tl.zeros((RANKS, COLUMNS), tl.float32)
     second, third = first, first
-    if DROP:
-        key = column_key_kernel(columns)
+    key = column_key_kernel(columns)
     begin = tl.program_id(1) * SPAN
     for start in range(begin, min(begin + SPAN, N), ROWS):
         rows = start + tl.arange(0, ROWS)
-        v = tl.load(
-            x + rows.to(tl.int64)[:, None] * x_row + columns[None, :], mask=(rows < N)[:, None] & inside, other=0.0
-        )
-        t_at = t + rows.to(tl.int64)[None, :] * t_row + ranks[:, None]
+        x_at = x + rows.to(tl.int64)[:, None] * x_row + columns[None, :]
+        v = tl.load(x_at, mask=(rows < N)[:, None] & inside, other=0.0)
+        scaled = v.to(tl.float32) * keep_scale
+        t_at = t + rows.to(tl.int64)[None, :] * (n * R) + ranks[:, None]
         t_real = (rows < N)[None, :] & (ranks < R)[:, None]
-        if DROP:
-            scaled = v.to(tl.float32) * keep_scale
-            key_a = row_key_kernel(seeds, 0, rows)
-            w = tl.where(kept_kernel(key_a, key, 0, threshold), scaled, 0.0).to(v.dtype)
-            first = tl.dot(tl.load(t_at, mask=t_real, other=0.0), w, first, input_precision="ieee")
-            if n > 1:
-                w = tl.where(kept_kernel(key_a, key, 1, threshold), scaled, 0.0).to(v.dtype)
-                second = tl.dot(tl.load(t_at + R, mask=t_real, other=0.0), w, second, input_precision="ieee")
-            if n > 2:
-                w = tl.where(kept_kernel(row_key_kernel(seeds, 2, rows), key, 2, threshold), scaled, 0.0).to(v.dtype)
-                third = tl.dot(tl.load(t_at + 2 * R, mask=t_real, other=0.0), w, third, input_precision="ieee")
-        else:
-            first = tl.dot(tl.load(t_at, mask=t_real, other=0.0), v, first, input_precision="ieee")
-    split = out + tl.program_id(1).to(tl.int64) * (n * R) * C
-    at = split + ranks[:, None] * out_rank + columns[None, :] * out_column
+        key_a = row_key_kernel(seeds, 0, rows)
+        w = tl.where(kept_kernel(key_a, key, 0, threshold), scaled, 0.0).to(v.dtype)
+        first = tl.dot(tl.load(t_at, mask=t_real, other=0.0), w, first, input_precision="ieee")
+        if n > 1:
+            w = tl.where(kept_kernel(key_a, key, 1, threshold), scaled, 0.0).to(v.dtype)
+            second = tl.dot(tl.load(t_at + R, mask=t_real, other=0.0), w, second, input_precision="ieee")
+        if n > 2:
+            w = tl.where(kept_kernel(row_key_kernel(seeds, 2, rows), key, 2, threshold), scaled, 0.0).to(v.dtype)
+            third = tl.dot(tl.load(t_at + 2 * R, mask=t_real, other=0.0), w, third, input_precision="ieee")
+    at = out + tl.program_id(1).to(tl.int64) * (n * R) * C + ranks[:, None] * C + columns[None, :]
     store = (ranks < R)[:, None] & inside
     tl.store(at, first, mask=store)
     if n > 1:
-        tl.store(at + R * out_rank, second, mask=store)
+        tl.store(at + R * C, second, mask=store)
     if n > 2:
-        tl.store(at + 2 * R * out_rank, third, mask=store)
+        tl.store(at + 2 * R * C, third, mask=store)

@@ -26,9 +26,9 @@ def turn(
     H = qkv.shape[1] // h - 2 * K
     q, k, v = (qkv.new_empty(N, heads, h) for heads in (H, K, K))
     r = 1 if B is None else B.shape[1]
-    turn_kernel[(blocks(N, 32), H + 2 * K)](
+    turn_kernel[(blocks(N, 32), blocks(H + 2 * K, 8))](
         qkv, xa, B, cos, sin, q, k, v, N, H, K, h // 2, r, power_of_two(r, 16), B is not None,
-        32, power_of_two(h // 2, 16), num_warps=4,
+        32, power_of_two(h // 2, 16), 8, num_warps=4,
     )  # fmt: skip
     return q, k, v
 
@@ -92,37 +92,40 @@ def half_up_kernel(B, offset, HALF: tl.constexpr, half, R: tl.constexpr, RANKS: 
 def turn_kernel(
     qkv, xa, B, cos, sin, q, k, v, N, H, K, half,
     R: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
+    HEADS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
     i = tl.arange(0, HALF)
+    ranks = tl.arange(0, RANKS)
     row = rows.to(tl.int64)[:, None]
     real = (rows < N)[:, None] & (i < half)[None, :]
-    at = qkv + row * ((H + 2 * K) * 2 * half) + head * 2 * half + i[None, :]
-    first = tl.load(at, mask=real, other=0.0).to(tl.float32)
-    second = tl.load(at + half, mask=real, other=0.0).to(tl.float32)
-    which = (head >= H).to(tl.int32) + (head >= H + K).to(tl.int32)  # 0, 1, 2: q, k, v
-    if ADAPTED:
-        ranks = tl.arange(0, RANKS)
-        thin = (rows < N)[:, None] & (ranks < R)[None, :]
-        down = tl.load(xa + row * (3 * R) + which * R + ranks[None, :], mask=thin, other=0.0)
-        b = half_up_kernel(B, head * 2 * half, HALF, half, R, RANKS)
-        first = tl.dot(down, tl.trans(b), first, input_precision="ieee")
-        b = half_up_kernel(B, head * 2 * half + half, HALF, half, R, RANKS)
-        second = tl.dot(down, tl.trans(b), second, input_precision="ieee")
-    if which == 2:
-        out = v + row * (K * 2 * half) + (head - H - K) * 2 * half + i[None, :]
-        tl.store(out, first, mask=real)
-        tl.store(out + half, second, mask=real)
-    else:
-        c = tl.load(cos + row * half + i[None, :], mask=real, other=0.0)
-        s = tl.load(sin + row * half + i[None, :], mask=real, other=0.0)
-        if which == 0:
+    thin = (rows < N)[:, None] & (ranks < R)[None, :]
+    c = tl.load(cos + row * half + i[None, :], mask=real, other=0.0)
+    s = tl.load(sin + row * half + i[None, :], mask=real, other=0.0)
+    begin = tl.program_id(1) * HEADS
+    for head in range(begin, min(begin + HEADS, H + 2 * K)):
+        at = qkv + row * ((H + 2 * K) * 2 * half) + head * 2 * half + i[None, :]
+        first = tl.load(at, mask=real, other=0.0).to(tl.float32)
+        second = tl.load(at + half, mask=real, other=0.0).to(tl.float32)
+        if ADAPTED:
+            which = tl.where(head < H, 0, tl.where(head < H + K, 1, 2))  # q, k, v
+            down = tl.load(xa + row * (3 * R) + which * R + ranks[None, :], mask=thin, other=0.0)
+            b = half_up_kernel(B, head * 2 * half, HALF, half, R, RANKS)
+            first = tl.dot(down, tl.trans(b), first, input_precision="ieee")
+            b = half_up_kernel(B, head * 2 * half + half, HALF, half, R, RANKS)
+            second = tl.dot(down, tl.trans(b), second, input_precision="ieee")
+        if head < H:
             out = q + row * (H * 2 * half) + head * 2 * half + i[None, :]
-        else:
+            tl.store(out, first * c - second * s, mask=real)
+            tl.store(out + half, second * c + first * s, mask=real)
+        elif head < H + K:
             out = k + row * (K * 2 * half) + (head - H) * 2 * half + i[None, :]
-        tl.store(out, first * c - second * s, mask=real)
-        tl.store(out + half, second * c + first * s, mask=real)
+            tl.store(out, first * c - second * s, mask=real)
+            tl.store(out + half, second * c + first * s, mask=real)
+        else:
+            out = v + row * (K * 2 * half) + (head - H - K) * 2 * half + i[None, :]
+            tl.store(out, first, mask=real)
+            tl.store(out + half, second, mask=real)
 
 
 @jit

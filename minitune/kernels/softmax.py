@@ -18,7 +18,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor) -> Tensor:
         return plain_cross_entropy_(logits, labels)
     N, V = logits.shape
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
-    cross_entropy_kernel[(N,)](logits, labels, losses, V, logits.stride(0), 4096, num_warps=8)
+    cross_entropy_kernel[(N,)](logits, labels, losses, V, logits.stride(0), 2048, num_warps=8)
     return losses
 
 

@@ -76,15 +76,15 @@ def rank(B: Tensor | None, A_down: Tensor | None) -> int:
     return B.shape[1] if B is not None else A_down.shape[0] if A_down is not None else 1
 
 
-ROWS, COLUMNS = 64, 32  # of the tile that a program holds; each of its four warps has sixteen rows
+ROWS, COLUMNS = 64, 64  # of the tile that a program holds; each of its four warps has sixteen rows
 
 
 def split(N: int, F: int) -> tuple[int, int]:
-    """Into how many parts the F features are cut, and the width of one: some eight programs a processor.
+    """Into how many parts the F features are cut, and the width of one: some ten programs a processor.
 
     What goes down in an adapter is summed over the parts afterwards, in order.
     """
-    parts = max(1, min(1024 // blocks(N, ROWS), blocks(F, 8 * COLUMNS)))
+    parts = max(1, min(1408 // blocks(N, ROWS), blocks(F, 8 * COLUMNS)))
     span = blocks(blocks(F, COLUMNS), parts) * COLUMNS
     return blocks(F, span), span
 

@@ -12,8 +12,7 @@ POINTERS = {
     "packed": U8, "absmax": U8, "nested_absmax": FP32, "offset": FP32, "nested_levels": FP32, "levels": FP32,
 }  # fmt: skip
 NUMBERS = {"eps": "fp32", "scale": "fp32", "keep_scale": "fp32"}
-COUNTS = ("D", "N", "C", "F", "V", "H", "K", "n", "half", "row", "x_row", "t_row", "A_row", "A_column", "out_rank",
-          "out_column", "threshold", "SPAN", "heads", "before")  # fmt: skip
+COUNTS = ("D", "N", "C", "F", "V", "H", "K", "n", "half", "row", "x_row", "threshold", "SPAN")
 
 
 def compile_kernel(kernel, warps=4, pointers=(), **constants) -> None:
@@ -43,16 +42,16 @@ def main() -> None:
     compile_kernel(four_bits.dequantize_kernel, 8, SIZE=4096)
     for r in (16, 64):
         ranks = {"R": r, "RANKS": r}
+        thin = {**ranks, "n": 3, "COLUMNS": 128}
+        compile_kernel(low_rank.down_kernel, **thin, ROWS=32)
+        compile_kernel(low_rank.gradient_kernel, pointers=[("out", FP32)], **thin, ROWS=64)
+        compile_kernel(low_rank.up_kernel, **thin, ROWS=64)
         for drop in (False, True):
-            thin = {**ranks, "n": 3 if drop else 1, "DROP": drop, "COLUMNS": 128}
-            compile_kernel(low_rank.down_kernel, **thin, ROWS=32)
-            compile_kernel(low_rank.gradient_kernel, pointers=[("out", FP32)], **thin, ROWS=64)
             tile = {**ranks, "ADAPTED": True, "DOWN": True, "DROP": drop, "STAGES": 3}
             tile |= {"ROWS": swiglu.ROWS, "COLUMNS": swiglu.COLUMNS}
             compile_kernel(swiglu.swiglu_kernel, **tile)
             compile_kernel(swiglu.swiglu_backward_kernel, pointers=[("below", FP32)], **tile)
-        compile_kernel(low_rank.up_kernel, **ranks, n=3, ROWS=64, COLUMNS=128)
-        compile_kernel(rotary.turn_kernel, **ranks, ADAPTED=True, ROWS=32, HALF=64)
+        compile_kernel(rotary.turn_kernel, **ranks, ADAPTED=True, ROWS=32, HALF=64, HEADS=8)
         compile_kernel(rotary.turn_backward_kernel, **ranks, ADAPTED=True, ROWS=16, HALF=64)
     print("12 kernels compile")
 
