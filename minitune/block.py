@@ -370,16 +370,15 @@ class Dense:
 
 
 @torch.no_grad()
-def lay_side_by_side(model: Llama) -> None:
+def lay_side_by_side(block: Block) -> None:
     """Give the linears that read the same input one piece of memory, so that one product serves them."""
-    for block in model.layers:
-        attention, mlp = block.self_attn, block.mlp
-        for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
-            weights = [getattr(linear, "base", linear).weight for linear in linears]
-            room, start = torch.cat(weights), 0
-            for weight in weights:
-                weight.data = room[start : start + len(weight)]
-                start += len(weight)
+    attention, mlp = block.self_attn, block.mlp
+    for linears in ((attention.q_proj, attention.k_proj, attention.v_proj), (mlp.gate_proj, mlp.up_proj)):
+        weights = [getattr(linear, "base", linear).weight for linear in linears]
+        room, start = torch.cat(weights), 0
+        for weight in weights:
+            weight.data = room[start : start + len(weight)]
+            start += len(weight)
 
 
 def side_by_side(weights: list[Tensor]) -> Tensor | None:

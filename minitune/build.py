@@ -77,8 +77,12 @@ def why_not_by_hand(model: Llama, cfg: Config, device: torch.device) -> str | No
 
 def fill(model: Llama, cfg: Config, base: Path, device: torch.device) -> None:
     """Give a composed model memory and values: the base's weights, and the adapters' start."""
-    parallel.materialize(model.modules(), device)
-    if cfg.method != "qlora":
-        block.lay_side_by_side(model)
+    blocks = [list(layer.modules()) for layer in model.layers]
+    inside = {id(module) for modules in blocks for module in modules}
+    parallel.materialize((module for module in model.modules() if id(module) not in inside), device)
+    for layer, modules in zip(model.layers, blocks, strict=True):
+        parallel.materialize(modules, device)
+        if cfg.method != "qlora":
+            block.lay_side_by_side(layer)  # at once: what it frees serves the next block
     pretrained.load_base(model, base)  # stream the shards, quantizing as they come
     adapters.reset(model, cfg.seed)  # the same start wherever it runs

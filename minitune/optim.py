@@ -75,7 +75,8 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, 
     """Take a step, its gradients scaled so that their joint norm is at most max_norm (0: as they are).
 
     Returns the norm before, and whether it and the loss are finite; if not, weights and moments stay as they were.
-    PyTorch's fused AdamW learns both on the GPU, and nothing waits for it; the others are told by the host.
+    PyTorch's fused AdamW and `MasterAdamW` learn both on the device, and nothing waits for it; bitsandbytes' are told
+    by the host.
     """
     norm = gradient_norm(model)
     finite = torch.isfinite(loss) & torch.isfinite(norm)
@@ -83,11 +84,10 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, 
     if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
         optimizer.grad_scale, optimizer.found_inf = 1 / scale, (~finite).float()
         optimizer.step()
+    elif isinstance(optimizer, MasterAdamW):
+        optimizer.step(scale, finite)
     elif finite:
-        if isinstance(optimizer, MasterAdamW):
-            optimizer.scale = scale
-        else:
-            torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], scale)
+        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], scale)
         optimizer.step()
     return norm, finite
 

@@ -17,6 +17,7 @@ def start(deterministic: bool) -> torch.device:
     """The device of this process, with PyTorch set up for it."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this version trains in one process; start it with python in place of torchrun")
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # freed memory is whole again
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
         torch.use_deterministic_algorithms(True)

@@ -22,7 +22,8 @@ def by_hand(method: str, keep: Keep, host: bool = False, own_dense: bool = False
     model = llama(torch.bfloat16, method)
     attention.use(model, core, DEVICE, torch.bfloat16)
     if method != "qlora":
-        block.lay_side_by_side(model)
+        for layer in model.layers:
+            block.lay_side_by_side(layer)
     assert [block.refusal(layer) for layer in model.layers] == [None] * 3
     block.by_hand(model, [keep] * 3, offload.HostMemory(DEVICE) if host else None, own_dense)
     return model
@@ -54,7 +55,7 @@ def test_gradients_are_the_eager_ones_whatever_is_kept(method: str, core: str, m
 def test_dropped_inputs_are_the_plain_path_s(monkeypatch) -> None:
     """The same seeds give the same masks in the kernels and in plain PyTorch."""
     seeds = torch.tensor([11, 12, 13, 14, 15, 16, 17, 18], device="cuda")
-    monkeypatch.setattr(torch, "randint", lambda *a, **k: seeds)
+    monkeypatch.setattr(dropout.Dropout, "draw", lambda share, device, n: dropout.Dropout(seeds, round(share * 65536)))
     model = by_hand("lora", Keep.ALL)
     for adapter in adapters.adapters(model).values():
         adapter.dropout = 0.3

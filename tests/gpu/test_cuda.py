@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from minitune import adapters, attention, files, nf4, optim, parallel
 from minitune.attention import CausalAttention, Documents, FlashAttention, VarlenAttention
 from minitune.config import LoRAConfig, OptimConfig
-from minitune.masters import MasterAdamW, join
+from minitune.kernels.adamw import join
+from minitune.masters import MasterAdamW
 from minitune.model import Llama, LlamaConfig
 
 pytestmark = [

@@ -4,7 +4,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minitune.kernels import four_bits, launch, low_rank, norm, rotary, softmax, swiglu
+from minitune.kernels import adamw, four_bits, launch, low_rank, norm, rotary, softmax, swiglu
 
 BF16, FP32, U8, I64 = "*bf16", "*fp32", "*u8", "*i64"
 POINTERS = {
@@ -40,6 +40,11 @@ def main() -> None:
     compile_kernel(norm.norm_backward_kernel, 8, TOO=True, WEIGHT=True, SIZE=4096)
     compile_kernel(softmax.cross_entropy_kernel, 8, SIZE=4096)
     compile_kernel(four_bits.dequantize_kernel, 8, SIZE=4096)
+    moments = [(f"{name}{part}", FP32) for name in ("mean", "square") for part in ("_scale", "_levels", "_borders")]
+    for eight in (False, True):
+        kinds = [*moments, ("lower", "*i16"), *((name, U8 if eight else FP32) for name in ("mean", "square"))]
+        kinds += [("rate", FP32), *((name, "fp32") for name in ("lr", "weight_decay", "beta1", "beta2"))]
+        compile_kernel(adamw.adamw_kernel, 8, kinds, EIGHT=eight, BLOCK=256, SIZE=2048)
     for r in (16, 64):
         ranks = {"R": r, "RANKS": r}
         thin = {**ranks, "n": 3, "COLUMNS": 128}
@@ -53,7 +58,7 @@ def main() -> None:
             compile_kernel(swiglu.swiglu_backward_kernel, pointers=[("below", FP32)], **tile)
         compile_kernel(rotary.turn_kernel, **ranks, ADAPTED=True, ROWS=32, HALF=64, HEADS=8)
         compile_kernel(rotary.turn_backward_kernel, **ranks, ADAPTED=True, ROWS=16, HALF=64)
-    print("12 kernels compile")
+    print("13 kernels compile")
 
 
 main()
