@@ -1,29 +1,38 @@
-"""One measurement of minitune, in a process of its own; run.py starts it and reads the JSON it writes.
+"""Measurements of minitune, one after the other in this process; run.py starts it.
 
-    python benchmarks/measure.py RECIPE.toml OUT.json --steps 12 [--profile]
+    python benchmarks/measure.py PLAN.json
 
-The run is `train` as a user starts it. Steps are timed on the GPU's clock, from the start of one to the start of the
-next, so whatever lies between them counts, and looking at the clock makes nothing wait.
+PLAN.json is a list: {recipe: a TOML file, out: where the result goes, steps, random: a size whose weights are drawn on
+the device in place of being read, profile: where a step's GPU time by kernel goes, or null}.
+
+A run is `train` as a user starts it, left after so many steps. Steps are timed on the GPU's clock, from the start of
+one to the start of the next, so whatever lies between them counts, and looking at the clock makes nothing wait.
 """
 
-import argparse
 import contextlib
+import gc
 import itertools
 import json
+import re
 import statistics
+import sys
 import time
+import traceback
 from pathlib import Path
 
 import torch
+from clock import product_rate
 from shapes import random_tensors
 
 from minitune import build, train
 from minitune.config import load_config
+from minitune.kernels.launch import triton
 from minitune.log import versions
 from minitune.nf4 import NF4Linear
 from minitune.pretrained import base_leaves
 
 WARM_UP = 3  # steps that are not counted
+CUDA = torch.cuda.is_available()
 
 
 class Enough(Exception):
@@ -33,39 +42,56 @@ class Enough(Exception):
 class Recorder:
     """Takes the place of `train.take_step`, and notes when each step began and how it went."""
 
-    def __init__(self, steps: int, profiled: "Profile | None") -> None:
-        self.steps, self.profiled = steps, profiled
-        self.real = train.take_step
+    def __init__(self, steps: int, profile: "Profile | None") -> None:
+        self.steps, self.profile = steps, profile
         self.marks, self.losses, self.tokens, self.loss_tokens = [], [], [], []
         self.compiled_late: list[str] = []
-        self.micro_batches = 1
 
     def __call__(self, model, optimizer, micro_batches, cfg, step):
-        if step == 0 and torch.cuda.is_available():
+        if step == 0 and CUDA:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        if step == WARM_UP:
-            watch_compilers(self.compiled_late)
+        LATE[:] = [self.compiled_late] if step >= WARM_UP else []
         self.marks.append(mark())
         if step == self.steps:
             raise Enough
-        self.micro_batches = len(micro_batches)
         self.tokens.append(sum(batch.document_tokens for batch in micro_batches))
         self.loss_tokens.append(sum(batch.loss_tokens for batch in micro_batches))
-        if self.profiled and step == self.steps - 1:
-            with self.profiled:
-                outcome = self.real(model, optimizer, micro_batches, cfg, step)
-        else:
-            outcome = self.real(model, optimizer, micro_batches, cfg, step)
+        last = self.profile if step == self.steps - 1 and self.profile else contextlib.nullcontext()
+        with last:
+            outcome = REAL_STEP(model, optimizer, micro_batches, cfg, step)
         self.losses.append(outcome[0].detach())
         return outcome
 
     def seconds(self) -> list[float]:
         """Of each step."""
         wait()
-        if torch.cuda.is_available():
+        if CUDA:
             return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(self.marks)]
         return [b - a for a, b in itertools.pairwise(self.marks)]
+
+
+REAL_STEP = train.take_step
+LATE: list[list[str]] = []  # where compilations are noted, while they are late
+
+
+def watch_compilers() -> None:
+    """Note, while LATE says where, everything that torch.compile or Triton compiles."""
+    import torch._dynamo.convert_frame as frames
+
+    compile_frame = getattr(frames, "_compile", None)
+    if compile_frame is not None:
+
+        def noting(*given, **named):
+            for place in LATE:
+                place.append("torch.compile")
+            return compile_frame(*given, **named)
+
+        frames._compile = noting
+    if triton is not None and hasattr(triton.knobs.runtime, "jit_post_compile_hook"):
+        triton.knobs.runtime.jit_post_compile_hook = lambda **told: [
+            place.append(str(told.get("repr", "a kernel"))[:100]) for place in LATE
+        ]
 
 
 class Profile:
@@ -84,21 +110,21 @@ class Profile:
         self.profiler.__exit__(*error)
         kernels: dict[str, list[float]] = {}
         for event in self.profiler.events():
-            if not torch.cuda.is_available():
+            if not CUDA:
                 kernels.setdefault(event.name, []).append(event.self_cpu_time_total / 1e3)
-            elif event.device_type == torch.autograd.DeviceType.CUDA:
+            elif event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith("Optimizer.step"):
                 kernels.setdefault(event.name, []).append(event.device_time_total / 1e3)
         rows = [{"kernel": k, "calls": len(t), "ms": sum(t)} for k, t in kernels.items()]
         self.out.write_text(json.dumps(sorted(rows, key=lambda row: -row["ms"]), indent=1))
 
 
 def wait() -> None:
-    if torch.cuda.is_available():
+    if CUDA:
         torch.cuda.synchronize()
 
 
 def mark():
-    if not torch.cuda.is_available():
+    if not CUDA:
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()
@@ -117,69 +143,60 @@ def draw_base(model, folder) -> None:
             getattr(module, attribute).copy_(tensor)
 
 
-def product_tflops() -> float:
-    """What the GPU reaches on the largest product of an 8B block, 8192 x 4096 x 14336 in bf16, after a warm-up."""
-    a, b = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((8192, 4096), (14336, 4096)))
-    times = []
-    for _ in range(60):
-        begin = mark()
-        a @ b.T
-        end = mark()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return 2 * 8192 * 4096 * 14336 / statistics.median(times[20:]) / 1e12
-
-
-def watch_compilers(seen: list[str]) -> None:
-    """Note in `seen` everything that is compiled from now on, by torch.compile or Triton."""
-    import torch._dynamo.convert_frame as frames
-
-    real = frames.compile_frame if hasattr(frames, "compile_frame") else None
-    if real:
-        frames.compile_frame = lambda *a, **k: (seen.append("torch.compile"), real(*a, **k))[1]
-    from minitune.kernels.launch import triton
-
-    if triton is not None and hasattr(triton.knobs.runtime, "jit_post_compile_hook"):
-        triton.knobs.runtime.jit_post_compile_hook = lambda **k: seen.append(str(k.get("key"))[:80])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--random", metavar="SIZE", help="draw the base's weights on the device, as shapes.py does")
-    parser.add_argument("--profile", type=Path, help="also write a step's GPU time by kernel here")
-    options = parser.parse_args()
-    if options.random:
+def measure(task: dict) -> dict:
+    begun, said = time.time(), []
+    real = train.say, build.pretrained.load_base, train.pretrained.fingerprint
+    train.say = lambda line: (said.append(line), real[0](line))
+    if task["random"]:
         build.pretrained.load_base = draw_base
-        train.pretrained.fingerprint = lambda base: {"the base": f"random weights, {options.random}"}
-
-    train.take_step = recorder = Recorder(options.steps, Profile(options.profile) if options.profile else None)
-    begun = time.time()
-    with contextlib.suppress(Enough):
-        train.train(load_config([str(options.recipe)]))
+        train.pretrained.fingerprint = lambda base: {"the base": f"random weights, {task['random']}"}
+    profile = Profile(Path(task["profile"])) if task.get("profile") else None
+    train.take_step = recorder = Recorder(task["steps"], profile)
+    try:
+        with contextlib.suppress(Enough):
+            train.train(load_config([task["recipe"]]))
+    finally:
+        train.take_step = REAL_STEP
+        train.say, build.pretrained.load_base, train.pretrained.fingerprint = real
     seconds = recorder.seconds()
-    timed = seconds[WARM_UP : -1 if options.profile else None]
-    cuda = torch.cuda.is_available()
+    timed = seconds[WARM_UP : -1 if profile else None]
     median = statistics.median(timed)
-    found = {
-        "tokens_per_second": recorder.tokens[-1] / median,
-        "loss_tokens_per_second": sum(recorder.loss_tokens[WARM_UP:]) / sum(recorder.tokens[WARM_UP:])
-        * (recorder.tokens[-1] / median),
+    per_step = statistics.mean(recorder.tokens[WARM_UP:])
+    learned = sum(recorder.loss_tokens[WARM_UP:]) / sum(recorder.tokens[WARM_UP:])
+    promised = re.search(r"about ([\d.]+) GB", " ".join(said))
+    return {
+        "tokens_per_second": per_step / median,
+        "loss_tokens_per_second": learned * per_step / median,
         "step_seconds": {"median": median, "least": min(timed), "most": max(timed), "steps": len(timed)},
         "first_step_seconds": seconds[0],
         "compiled_after_warm_up": recorder.compiled_late,
-        "peak_allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else 0.0,
-        "peak_reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if cuda else 0.0,
-        **({"product_tflops": product_tflops()} if cuda else {}),
+        "peak_allocated_gb": torch.cuda.max_memory_allocated() / 1e9 if CUDA else 0.0,
+        "peak_reserved_gb": torch.cuda.max_memory_reserved() / 1e9 if CUDA else 0.0,
+        "planned_gb": float(promised.group(1)) if promised else None,
+        "made_of": next((line for line in said if "parameters train" in line), ""),
         "losses": [loss.item() for loss in recorder.losses],
         "final_loss": recorder.losses[-1].item(),
         "run_seconds": time.time() - begun,
-        "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "versions": versions(),
-    }  # fmt: skip
-    options.out.write_text(json.dumps(found))
+    }
+
+
+def main() -> None:
+    watch_compilers()
+    rate = None
+    for task in json.loads(Path(sys.argv[1]).read_text()):
+        try:
+            found = measure(task)
+        except Exception:  # the next one may do better
+            found = {"failed": traceback.format_exc()[-1500:]}
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+            rate = product_rate()  # now, as warm as the run left the card
+            found["left_behind_gb"] = torch.cuda.memory_allocated() / 1e9
+            found["product_tflops"] = rate / 1e12
+        Path(task["out"]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--no-rivals", action="store_true")
     parser.add_argument("--only-rivals", action="store_true")
+    parser.add_argument("--rivals", nargs="*", help="of these systems alone")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="recipe keys for all of minitune's runs"
     )
@@ -54,27 +55,31 @@ def main() -> None:
     options = parser.parse_args()
 
     cases = tomllib.loads((HERE / "cases.toml").read_text())
-    results = json.loads(options.out.read_text()) if options.out.exists() else []
+    chosen, left_out = [], []
     for name in options.cases or cases:
         case = DEFAULTS | cases[name] | {"name": name}
         case |= {key: value for key in ("size", "steps") if (value := getattr(options, key))}
-        if "data" in case and options.data is None:
-            print(f"{name}: left out, since it needs --data")
-            continue
-        recipe = write_recipe(case, options)
-        measured = []
-        if not options.only_rivals:
-            arguments = ["measure.py", str(recipe), "--steps", str(case["steps"]), "--random", case["size"]]
-            measured.append(one(case, options.label, arguments, options))
-        if case.get("rivals") and not options.no_rivals:
-            dump = dump_batches(case, recipe)
-            for rival in case["rivals"]:
-                measured.append(
-                    one(case, rival["system"], ["peers/peer.py", write_rival(case, rival, dump, options)], options)
-                )
-        results += measured
+        (left_out if "data" in case and options.data is None else chosen).append(case)
+    if left_out:
+        print(f"left out, since they need --data: {', '.join(case['name'] for case in left_out)}")
+
+    recipes = {case["name"]: write_recipe(case, options) for case in chosen}
+    results = json.loads(options.out.read_text()) if options.out.exists() else []
+    ours: dict[str, dict[str, Any]] = {}
+    if not options.only_rivals:
+        ours = measure_ours(chosen, recipes, options)
+        results += ours.values()
         files.write_json(options.out, results)
-        report(case, measured)
+    for case in chosen if not options.no_rivals else ():
+        rivals = [
+            rival for rival in case.get("rivals", ()) if rival["system"] in (options.rivals or (rival["system"],))
+        ]
+        dump = dump_batches(case, recipes[case["name"]]) if rivals else {}
+        for rival in rivals:
+            found = measure_rival(case, rival, dump, options)
+            results.append(found)
+            files.write_json(options.out, results)
+            report(found, ours.get(case["name"]))
 
 
 def write_recipe(case: dict[str, Any], options: argparse.Namespace) -> Path:
@@ -189,37 +194,86 @@ def write_rival(case: dict[str, Any], rival: dict[str, Any], dump: dict[str, Any
     return str(path)
 
 
-def one(case: dict[str, Any], system: str, arguments: list[str], options: argparse.Namespace) -> dict[str, Any]:
-    """Run one measurement; what it found, or why it found nothing."""
-    out = options.folder / case["name"] / f"{system}-result.json"
+def measure_ours(
+    cases: list[dict[str, Any]], recipes: dict[str, Path], options: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """All of minitune's measurements, in one process (and a new one after each that it does not survive)."""
+    tasks = {
+        case["name"]: {
+            "recipe": str(recipes[case["name"]]),
+            "out": str(recipes[case["name"]].with_name(f"{options.label}-result.json")),
+            "steps": case["steps"],
+            "random": case["size"],
+        }
+        for case in cases
+    }
+    for task in tasks.values():
+        Path(task["out"]).unlink(missing_ok=True)
+    waiting, found = list(cases), {}
+    while waiting:
+        plan = options.folder / "plan.json"
+        plan.write_text(json.dumps([tasks[case["name"]] for case in waiting]))
+        log = options.folder / f"{options.label}.log"
+        code = run([str(HERE / "measure.py"), str(plan)], log, options.timeout * len(waiting))
+        before = len(waiting)
+        for case in list(waiting):
+            out = Path(tasks[case["name"]]["out"])
+            lost = not out.exists() and len(waiting) == before  # the first without a result is the one that broke it
+            if not out.exists() and not lost:
+                continue
+            waiting.remove(case)
+            before -= not lost
+            result = {"failed": f"{code}: {log.read_text()[-1500:]}"} if lost else json.loads(out.read_text())
+            found[case["name"]] = told(case, options.label, recipes[case["name"]]) | with_share(case, result)
+            report(found[case["name"]], None)
+            if lost:
+                break
+    return found
+
+
+def measure_rival(
+    case: dict[str, Any], rival: dict[str, Any], dump: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    settings = Path(write_rival(case, rival, dump, options))
+    out = settings.with_name(f"{rival['system']}-result.json")
     out.unlink(missing_ok=True)
-    script, first, *rest = arguments
-    command = [sys.executable, str(HERE / script), first, str(out), *rest]
-    told = {
+    log = out.with_suffix(".log")
+    code = run([str(HERE / "peers" / "peer.py"), str(settings), str(out)], log, options.timeout)
+    result = json.loads(out.read_text()) if out.exists() else {"failed": f"{code}: {log.read_text()[-1500:]}"}
+    return told(case, rival["system"], settings) | result
+
+
+def run(arguments: list[str], log: Path, timeout: int) -> str:
+    """Run a script to its end; how it ended."""
+    with open(log, "w") as stream:
+        try:
+            command = [sys.executable, *arguments]
+            done = subprocess.run(command, stdout=stream, stderr=stream, timeout=timeout, check=False)
+            return f"exit {done.returncode}"
+        except subprocess.TimeoutExpired:
+            return "out of time"
+
+
+def told(case: dict[str, Any], system: str, settings: Path) -> dict[str, Any]:
+    """What a result is of."""
+    return {
         "case": case["name"],
         "what": case["what"],
         "system": system,
         "method": case["method"],
         "size": case["size"],
+        "target": case.get("target"),
         "date": date.today().isoformat(),
-        "recipe": json.loads(Path(first).read_text())
-        if first.endswith("json")
-        else tomllib.loads(Path(first).read_text()),
+        "recipe": (json if settings.suffix == ".json" else tomllib).loads(settings.read_text()),
         "command": "python benchmarks/run.py " + shlex.join(sys.argv[1:]),
     }
-    log = out.with_suffix(".log")
-    with open(log, "w") as stream:
-        try:
-            done = subprocess.run(command, stdout=stream, stderr=stream, timeout=options.timeout, check=False)
-            code = str(done.returncode)
-        except subprocess.TimeoutExpired:
-            code = "out of time"
-    if not out.exists():
-        return told | {"failed": f"exit {code}: " + log.read_text()[-1500:]}
-    found = json.loads(out.read_text())
-    if "product_tflops" in found:
-        found["share_of_products"] = found["tokens_per_second"] * flops_per_token(case) / found["product_tflops"] / 1e12
-    return told | found
+
+
+def with_share(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    if "product_tflops" in found and "tokens_per_second" in found:
+        rate = found["tokens_per_second"] * flops_per_token(case) / 1e12
+        found["share_of_products"] = rate / found["product_tflops"]
+    return found
 
 
 def flops_per_token(case: dict[str, Any]) -> float:
@@ -234,26 +288,27 @@ def flops_per_token(case: dict[str, Any]) -> float:
     return (6 if case["method"] == "full" else 4) * products + 3.5 * 2 * document * D * L
 
 
-def report(case: dict[str, Any], measured: list[dict[str, Any]]) -> None:
-    ours = next((m["loss_tokens_per_second"] for m in measured if m["system"] == "minitune" and "failed" not in m), 0)
-    for r in measured:
-        if "failed" in r:
-            print(f"{case['name']:12} {r['system']:10} FAILED {r['failed'][-700:]}", flush=True)
-            continue
-        spread, late = r["step_seconds"], len(r.get("compiled_after_warm_up", []))
-        parts = [
-            f"{case['name']:11} {r['system']:9}",
-            f"{r['tokens_per_second']:7.0f} tok/s",
-            f"{r['loss_tokens_per_second']:7.0f} loss tok/s",
-            f"{r['peak_allocated_gb']:6.2f} GB allocated {r['peak_reserved_gb']:6.2f} reserved",
-            f"step {spread['median']:.3f} ({spread['least']:.3f}-{spread['most']:.3f}) s",
-            f"first {r['first_step_seconds']:.1f} s",
-            f"loss {r['losses'][0]:.3f} -> {r['final_loss']:.3f}",
-            f"{late} compiled late" if late else "",
-            f"{r['share_of_products']:.0%} of products" if "share_of_products" in r else "",
-            f"minitune {ours / r['loss_tokens_per_second']:.2f}x" if ours and r["system"] != "minitune" else "",
-        ]
-        print("  ".join(filter(None, parts)), flush=True)
+def report(r: dict[str, Any], ours: dict[str, Any] | None) -> None:
+    """A line for a person; `ours` is minitune's result of the case, to hold a rival's against."""
+    if "failed" in r:
+        print(f"{r['case']:11} {r['system']:9} FAILED {r['failed'][-900:]}", flush=True)
+        return
+    spread, late = r["step_seconds"], len(r.get("compiled_after_warm_up", []))
+    parts = [
+        f"{r['case']:11} {r['system']:9}",
+        f"{r['tokens_per_second']:7.0f} tok/s",
+        f"{r['loss_tokens_per_second']:7.0f} loss tok/s",
+        f"{r['peak_allocated_gb']:6.2f} GB allocated {r['peak_reserved_gb']:6.2f} reserved",
+        f"step {spread['median']:.3f} ({spread['least']:.3f}-{spread['most']:.3f}) s",
+        f"first {r['first_step_seconds']:.1f} s",
+        f"loss {r['losses'][0]:.3f} -> {r['final_loss']:.3f}",
+        f"{late} compiled late" if late else "",
+        f"{r['share_of_products']:.0%} of products" if "share_of_products" in r else "",
+        f"minitune {ours['loss_tokens_per_second'] / r['loss_tokens_per_second']:.2f}x"
+        if ours and "failed" not in ours
+        else "",
+    ]
+    print("  ".join(filter(None, parts)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,10 @@ with H query heads, K key and value heads (H a multiple of K), h the head width,
 from __future__ import annotations
 
 import inspect
+import os
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -148,14 +151,28 @@ def flash_package() -> str | None:
 @cache
 def flash_varlen() -> Kernel:
     if flash_package() == "flash-attn-4":
+        keep_compiled_kernels()
         from flash_attn.cute import flash_attn_varlen_func
     else:
         from flash_attn import flash_attn_varlen_func
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, longest: int) -> Tensor:
-        out = flash_attn_varlen_func(
-            q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=longest, max_seqlen_k=longest, causal=True
-        )
+        lengths = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        repeatable = torch.are_deterministic_algorithms_enabled()
+        out = flash_attn_varlen_func(q, k, v, **lengths, causal=True, deterministic=repeatable)
         return out[0] if isinstance(out, tuple) else out  # version 4 also returns the log-sum-exp
 
     return kernel
+
+
+def keep_compiled_kernels() -> None:
+    """Let flash-attn-4 keep what it compiles at first use (some ten seconds) in the user's own cache folder.
+
+    What is compiled does not depend on how rows are packed, so it happens once for a head width.
+    """
+    folder = os.path.expanduser("~/.cache/minitune/flash-attn-4")
+    with suppress(OSError):
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", folder)
+        os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)  # its own compiler's

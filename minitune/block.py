@@ -114,8 +114,9 @@ class HandBlock:
         """x (N, D) -> the first norm's factor, what went down, and q, k, v ready for attention (N, heads, h)."""
         h, _, factor = norm(x, self.norms[0].weight, self.norms[0].eps)
         xa = self.qkv.down(h, drop) if xa is None else xa
-        heads = self.qkv.widths[1] // self.attention.head_dim
-        return factor, xa, turn(self.qkv.product(h), xa, self.qkv.B, *tables, heads)
+        qk, v = self.qkv.product_but_last(h, xa)
+        q, k = turn(qk, xa, self.qkv.B, *tables, self.qkv.widths[0] // self.attention.head_dim)
+        return factor, xa, (q, k, v.view(len(v), -1, self.attention.head_dim))
 
     def middle(self, x, o, xa, drop):
         """Attention's output (N, H h), projected and added to x: the sum x2, its norm h, the factor, what went down."""
@@ -289,13 +290,25 @@ class Fan:
         return down(x, self.A, self.scaling, len(self.adapters), drop) if self.rank else None
 
     def adapted(self, x: Tensor, xa: Tensor | None) -> Tensor:
-        """The whole output of a fan of one: the adapter's part first, so that the large product adds itself to it."""
+        """The whole output of a fan of one, (N, in) -> (N, out).
+
+        The adapter's part comes first and the large product adds itself to it, in fp32. The other way round, what an
+        adapter adds to numbers that are bf16 already is lost while it is below half a step of theirs: in the first
+        steps of training, most of it.
+        """
+        return self.product(x) if xa is None else added_to(xa @ self.B.T, x, next(self.weights_alone()))
+
+    def product_but_last(self, x: Tensor, xa: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The products of all its linears but the last, side by side, and the whole output of the last."""
+        *others, last = self.weights_alone()
+        first = x.new_empty(x.shape[0], sum(self.widths[:-1]))
+        whole = side_by_side(others)
+        pairs = [(whole, first)] if whole is not None else zip(others, first.split(self.widths[:-1], 1), strict=True)
+        for weight, columns in pairs:
+            torch.mm(x, weight.T, out=columns)
         if xa is None:
-            return self.product(x)
-        out = xa @ self.B.T
-        for weight, columns in self.weights(out):
-            columns.addmm_(x, weight.T)
-        return out
+            return first, x @ last.T
+        return first, added_to(xa[:, -self.rank :] @ self.B[-self.widths[-1] :].T, x, last)
 
     # ---- backward --------------------------------------------------------------------------------------------------
 
@@ -335,14 +348,18 @@ class Fan:
 
     def weights(self, y: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Dense weights, and the columns of y (N, out) that are theirs: one for all where they lie side by side."""
-        if isinstance(self.bases[0], NF4Linear):
-            yield self.dense.of(self), y
-            return
-        weights = [base.weight for base in self.bases]
+        weights = list(self.weights_alone())
         if (whole := side_by_side(weights)) is not None:
             yield whole, y
-            return
-        yield from zip(weights, y.split(self.widths, dim=1), strict=True)
+        else:
+            yield from zip(weights, y.split(self.widths, dim=1), strict=True)
+
+    def weights_alone(self) -> Iterator[Tensor]:
+        """The dense weight (out, in) of each linear."""
+        if isinstance(self.bases[0], NF4Linear):
+            yield from self.dense.of(self).split(self.widths)
+        else:
+            yield from (base.weight for base in self.bases)
 
 
 class Dense:
@@ -390,6 +407,11 @@ def side_by_side(weights: list[Tensor]) -> Tensor | None:
         end += weight.nbytes
     rows = sum(weight.shape[0] for weight in weights)
     return weights[0].as_strided((rows, weights[0].shape[1]), weights[0].stride())
+
+
+def added_to(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """y + x W^T, in the place of y; summed in fp32, rounded once."""
+    return y.addmm_(x, weight.T)
 
 
 def dtype_of(base: nn.Module) -> torch.dtype:

@@ -17,6 +17,7 @@ from torch import Tensor
 from minitune.kernels.adamw import BLOCK, Moment, Rate, adamw_
 
 BETAS, EPS = (0.9, 0.999), 1e-8
+SMALLEST_PAGED = 100_000  # numbers of a parameter, as in bitsandbytes: below, pages are not worth it
 SMALL = 4096  # parameters of fewer numbers keep 32-bit moments
 
 
@@ -41,7 +42,7 @@ class MasterAdamW(torch.optim.Optimizer):
 
     def room(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """Zeros in the shape of a parameter."""
-        if not self.paged or parameter.numel() < 1e5:
+        if not self.paged or parameter.numel() < SMALLEST_PAGED:
             return torch.zeros_like(parameter, dtype=dtype)
         memory = Paged(parameter.numel() * dtype.itemsize, parameter.device).tensor
         return memory.view(dtype).view(parameter.shape).zero_()

@@ -11,6 +11,7 @@ from torch import nn
 from minitune.block import Keep
 from minitune.config import Config
 from minitune.loss import CHUNK
+from minitune.masters import SMALLEST_PAGED
 from minitune.model import LlamaConfig
 from minitune.nf4 import NF4Linear
 from minitune.precision import DTYPES
@@ -71,14 +72,16 @@ def memory(model: nn.Module, config: LlamaConfig, cfg: Config, by_hand: bool) ->
     accumulates = cfg.train.gradient_accumulation_steps > 1
     width = DTYPES[cfg.model.dtype].itemsize
     grads = sum(p.numel() * (4 if accumulates else p.itemsize) for p in trained)
-    masters = 2 * numbers if trained[0].itemsize == 2 else 0  # their lower halves
+    a_number = 8 + (2 if trained[0].itemsize == 2 else 0)  # two fp32 moments; the lower halves of bf16's masters
+    here = numbers if cfg.optim.name == "adamw" else sum(p.numel() for p in trained if p.numel() < SMALLEST_PAGED)
+    copies = 0 if cfg.method == "full" or not by_hand else width * numbers  # adapters as they multiply
     D, V = config.hidden_size, config.vocab_size
     head = N * 3 * width * D + min(N, CHUNK) * V * width + (2 * 4 * V * D if cfg.method == "full" else 0)
     kept, working = (by_hand_sizes if by_hand else compiled_sizes)(config, cfg, N, width)
     four_bits = [m for m in model.layers[0].modules() if isinstance(m, NF4Linear)]
     return Memory(
-        weights=sum(p.nbytes for p in model.parameters()),
-        moments=8 * numbers + masters if cfg.optim.name == "adamw" else 0,
+        weights=sum(p.nbytes for p in model.parameters()) + copies,
+        moments=a_number * here,
         gradients=grads,
         accumulates=accumulates,
         dense=sum(width * m.in_features * m.out_features for m in four_bits),

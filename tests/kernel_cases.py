@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitune.kernels import four_bits, low_rank, norm, rotary, softmax, swiglu
+from minitune.kernels import adamw, four_bits, low_rank, norm, rotary, softmax, swiglu
 from minitune.kernels.dropout import Dropout
+from minitune.masters import moment
 
-MODULES = (low_rank, norm, rotary, softmax, swiglu)  # those that ask `fused` which twin to take
+MODULES = (adamw, low_rank, norm, rotary, softmax, swiglu)  # those that ask `fused` which twin to take
 SCALE = 1.25
 
 
@@ -71,9 +72,9 @@ def run_turn(draw, adapted, h, sign):
     tables = [t.to(torch.promote_types(draw.dtype, torch.float32)) for t in (angles.cos(), sign * angles.sin())]
     width = (H + 2 * K) * h
     B = draw(width, r, thin=True) if adapted else None
-    qkv = rotary.turn(draw(N, width), draw(N, 3 * r) if adapted else None, B, *tables, K)
+    qk = rotary.turn(draw(N, (H + K) * h), draw(N, 3 * r) if adapted else None, B, *tables, H)
     back = rotary.turn_backward(draw(N, H, h), draw(N, K, h), draw(N, K, h), B, *tables, SCALE)
-    return (*qkv, *back)
+    return (*qk, *back)
 
 
 for adapted in (False, True):
@@ -157,6 +158,27 @@ def run_cross_entropy(draw, V, shift):
 
 for V in (101, 9000):
     case(f"cross_entropy {V=}", run_cross_entropy, {"V": V, "shift": 0}, {"shift": 1})
+
+# ---- AdamW ----------------------------------------------------------------------------------------------------------
+
+
+def run_adamw(draw, eight, rate, n=5000):
+    """Four steps, the third of which is not applied. The weights are bf16 whatever the case's dtype."""
+    weight, lower = draw(n).bfloat16(), torch.zeros(n, dtype=torch.int16, device=draw.device)
+    dtype, scales = (torch.uint8, -(-n // adamw.BLOCK)) if eight else (torch.float32, 0)
+    state = {name: torch.zeros(n, dtype=dtype, device=draw.device) for name in ("exp_avg", "exp_avg_sq")}
+    if eight:
+        state |= {f"{name}_scale": torch.zeros(scales, device=draw.device) for name in list(state)}
+    for step in range(1, 5):
+        numbers = torch.tensor([0.7, step != 3, 1 - 0.9**step, 1 - 0.999**step], device=draw.device)
+        moments = [moment(state, name) for name in ("exp_avg", "exp_avg_sq")]
+        rule = adamw.Rate(rate, 0.1, (0.9, 0.999), 1e-8, numbers)
+        adamw.adamw_(weight, lower, draw(n).bfloat16(), *moments, rule)
+    return adamw.join(weight, lower), *(value.float() for value in state.values())
+
+
+for eight in (False, True):
+    case(f"adamw {eight=}", run_adamw, {"eight": eight, "rate": 1e-2}, {"rate": 2e-2})
 
 assert four_bits  # its twin is bitsandbytes': tests/parity/test_nf4.py and tests/gpu compare every bit
 

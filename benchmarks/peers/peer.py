@@ -38,15 +38,15 @@ def main() -> None:
 
     batches = load_file(case["batches"])  # tokens, labels, positions (rows, T)
     packed = bool((batches["positions"][:, 1:] == 0).any())
-    rows = [{key: value[i] for key, value in batches.items()} for i in range(len(batches["tokens"]))]
+    columns = {"input_ids": batches["tokens"].tolist(), "labels": batches["labels"].tolist()}
+    columns["attention_mask"] = torch.ones_like(batches["tokens"]).tolist()
+    if packed:
+        columns["position_ids"] = batches["positions"].tolist()
 
-    def collate(some: list[dict]) -> dict:
-        together = {key: torch.stack([row[key] for row in some]) for key in rows[0]}
-        inputs = {"input_ids": together["tokens"], "labels": together["labels"]}
-        if packed:  # where documents begin: flash attention then keeps them apart
-            flat = {key: value.reshape(1, -1) for key, value in inputs.items()}
-            return {**flat, "position_ids": together["positions"].reshape(1, -1)}
-        return {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+    def flatten(rows: list[dict]) -> dict:
+        """Packed rows end to end, with the places where documents begin: flash attention then keeps them apart."""
+        names = ("input_ids", "labels", "position_ids")
+        return {name: torch.tensor([row[name] for row in rows]).reshape(1, -1) for name in names}
 
     marks, losses = [], []
 
@@ -83,7 +83,7 @@ def main() -> None:
         "max_length": batches["tokens"].shape[1],
         "packing": False,  # the rows are packed already
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "remove_unused_columns": False,
+        "remove_unused_columns": not packed,
     }
     if case["system"] != "unsloth":
         settings["gradient_checkpointing"] = case["recompute"] == "on"
@@ -91,26 +91,15 @@ def main() -> None:
         settings["use_liger_kernel"] = case["system"] == "trl+liger"
     from datasets import Dataset
 
-    class Rows(torch.utils.data.Dataset):
-        column_names = ("tokens", "labels", "positions")
-
-        def __len__(self) -> int:
-            return len(rows)
-
-        def __getitem__(self, i: int) -> dict:
-            return rows[i]
-
-    as_dataset = Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})  # what the trainer checks at its start
     trainer = SFTTrainer(
         model=model,
         args=SFTConfig(**settings),
-        train_dataset=as_dataset,
+        train_dataset=Dataset.from_dict(columns),
         processing_class=tokenizer,
-        data_collator=collate,
         callbacks=[Clock()],
+        **({"data_collator": flatten} if packed else {}),
     )
-    loader = torch.utils.data.DataLoader(Rows(), batch_size=case["rows"], collate_fn=collate, pin_memory=cuda)
-    trainer.get_train_dataloader = lambda: trainer.accelerator.prepare(loader)
+    trainer._get_train_sampler = lambda *args, **kwargs: torch.utils.data.SequentialSampler(trainer.train_dataset)
     begun = time.time()
     trainer.train()
     if cuda:
@@ -155,13 +144,18 @@ def peft_model(case: dict):
             bnb_4bit_compute_dtype=torch.bfloat16,
             bnb_4bit_use_double_quant=True,
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        case["model"],
-        quantization_config=four_bits,
-        dtype=torch.bfloat16,
-        attn_implementation=case["attention"],
-        device_map={"": 0} if torch.cuda.is_available() else None,
-    )
+    for attention in (case["attention"], "sdpa"):
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                case["model"],
+                quantization_config=four_bits,
+                dtype=torch.bfloat16,
+                attn_implementation=attention,
+                device_map={"": 0} if torch.cuda.is_available() else None,
+            )
+            break
+        except (ImportError, ValueError) as error:  # transformers does not take that package: its own next best
+            print(f"attention {attention} is not to be had: {error}")
     model.config.use_cache = False
     if case["method"] == "qlora":
         model = prepare_model_for_kbit_training(

@@ -57,10 +57,10 @@ def adamw_(weight: Tensor, lower: Tensor, gradient: Tensor, mean: Moment, square
         plain_adamw_(weight, lower, gradient, mean, square, rate)
         return
     n, eight = weight.numel(), mean.scales is not None
-    adamw_kernel[(blocks(n, 2048),)](
+    adamw_kernel[(blocks(n, 512),)](
         weight, lower, gradient, mean.values, mean.scales, mean.levels, mean.borders, square.values, square.scales,
         square.levels, square.borders, rate.device, rate.lr, rate.weight_decay, *rate.betas, rate.eps, n, eight, BLOCK,
-        2048, num_warps=8,
+        512, num_warps=2,
     )  # fmt: skip
 
 
@@ -102,14 +102,22 @@ def write(place: Tensor, values: Tensor, moment: Moment, at: int) -> None:
 
 
 @jit
-def nearest_level_kernel(x, borders):
-    """Which of 256 levels is nearest to each x, by bisection over the 255 borders between them."""
-    level = tl.zeros(x.shape, tl.int32)
-    step = 128
-    for _ in tl.static_range(8):
-        level += tl.where(x > tl.load(borders + level + step - 1), step, 0)
-        step = step // 2
-    return level
+def nearest_level_kernel(x, borders, SIGNED: tl.constexpr):
+    """Which of 256 levels is nearest to each x in [-1, 1].
+
+    The levels are evenly spread over each of seven decades, 2^i of them in the i-th (twice as many without signs), so
+    arithmetic finds the place but for one, and the borders on both sides of it settle that.
+    """
+    y = tl.abs(x)
+    decade = (y >= 1e-6).to(tl.int32) + (y >= 1e-5).to(tl.int32) + (y >= 1e-4).to(tl.int32)
+    decade += (y >= 1e-3).to(tl.int32) + (y >= 1e-2).to(tl.int32) + (y >= 1e-1).to(tl.int32)
+    count = 1 << (decade if SIGNED else decade + 1)
+    share = (y * tl.exp2((6 - decade) * 3.321928094887362) - 0.1) / 0.9  # of its decade
+    place = tl.minimum(tl.maximum((share * count).to(tl.int32), 0), count - 1) + count
+    level = tl.where(x < 0, 127 - place, 127 + place) if SIGNED else place - 1
+    above = x > tl.load(borders + level, mask=level < 255, other=float("inf"))
+    below = x <= tl.load(borders + level - 1, mask=level > 0, other=float("-inf"))
+    return level + above.to(tl.int32) - below.to(tl.int32)
 
 
 @jit
@@ -146,9 +154,9 @@ def adamw_kernel(
             v = tl.where(real, v, 0.0)
             scale = tl.max(tl.abs(m), 1)
             tl.store(mean_scale + group, scale, mask=groups)
-            m = nearest_level_kernel(m / tl.maximum(scale, 1e-38)[:, None], mean_borders)
+            m = nearest_level_kernel(m / tl.maximum(scale, 1e-38)[:, None], mean_borders, True)
             scale = tl.max(tl.abs(v), 1)
             tl.store(square_scale + group, scale, mask=groups)
-            v = nearest_level_kernel(v / tl.maximum(scale, 1e-38)[:, None], square_borders)
+            v = nearest_level_kernel(v / tl.maximum(scale, 1e-38)[:, None], square_borders, False)
         tl.store(mean + start + at, m, mask=real)
         tl.store(square + start + at, v, mask=real)

@@ -21,8 +21,7 @@ def down(x: Tensor, A: Tensor, scale: float, adapters: int = 1, drop: Dropout | 
     if drop is None:
         return torch.addmm(out, x, A.T, beta=0, alpha=scale, out=out)
     if not fused(x):
-        parts = [dropped(x, drop, i) @ a.T for i, a in enumerate(A.chunk(adapters))]
-        return scale * torch.cat(parts, dim=1)
+        return plain_down(x, A, scale, adapters, drop)
     (N, C), r = x.shape, A.shape[0] // adapters
     rows = 64 if N > 8192 else 32 if N > 2048 else 16
     down_kernel[(blocks(N, rows),)](
@@ -37,8 +36,7 @@ def up(t: Tensor, A: Tensor, adapters: int = 1, drop: Dropout | None = None) -> 
     if drop is None:
         return t @ A
     if not fused(t):
-        parts = zip(t.chunk(adapters, dim=1), A.chunk(adapters), strict=True)
-        return sum(dropped(ti @ a, drop, i) for i, (ti, a) in enumerate(parts))
+        return plain_up(t, A, adapters, drop)
     (N, C), r = (t.shape[0], A.shape[1]), A.shape[0] // adapters
     out = t.new_empty(N, C)
     up_kernel[(blocks(N, 64), blocks(C, 128))](
@@ -52,7 +50,7 @@ def gradient(t: Tensor, x: Tensor, adapters: int = 1, drop: Dropout | None = Non
     if drop is None:
         return product_fp32(t.T, x)
     if not fused(x):
-        return torch.cat([product_fp32(ti.T, dropped(x, drop, i)) for i, ti in enumerate(t.chunk(adapters, dim=1))])
+        return plain_gradient(t, x, adapters, drop)
     (N, C), r = x.shape, t.shape[1] // adapters
     splits = max(1, min(blocks(N, 256), 528 // blocks(C, 128)))  # four programs for each of some 132 processors
     out = torch.empty(splits, t.shape[1], C, dtype=torch.float32, device=x.device)
@@ -61,6 +59,19 @@ def gradient(t: Tensor, x: Tensor, adapters: int = 1, drop: Dropout | None = Non
         adapters, r, power_of_two(r, 16), 64, 128, num_warps=4, num_stages=4,
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
+
+
+def plain_down(x: Tensor, A: Tensor, scale: float, adapters: int, drop: Dropout) -> Tensor:
+    return scale * torch.cat([dropped(x, drop, i) @ a.T for i, a in enumerate(A.chunk(adapters))], dim=1)
+
+
+def plain_up(t: Tensor, A: Tensor, adapters: int, drop: Dropout) -> Tensor:
+    parts = zip(t.chunk(adapters, dim=1), A.chunk(adapters), strict=True)
+    return sum(dropped(ti @ a, drop, i) for i, (ti, a) in enumerate(parts))
+
+
+def plain_gradient(t: Tensor, x: Tensor, adapters: int, drop: Dropout) -> Tensor:
+    return torch.cat([product_fp32(ti.T, dropped(x, drop, i)) for i, ti in enumerate(t.chunk(adapters, dim=1))])
 
 
 def product_fp32(a: Tensor, b: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""q, k and v on their way to attention: what their adapters add, and rotary positions.
+"""q, k and v on their way to attention: what adapters add to q and k, and rotary positions.
 
-RoFormer, https://arxiv.org/abs/2104.09864, half-split as in `model.rotate`. The products with the frozen weights
-come side by side in one tensor (N, (H + 2K) h); here they become three, and in the backward pass one again.
+RoFormer, https://arxiv.org/abs/2104.09864, half-split as in `model.rotate`. The products with the frozen weights of q
+and k come side by side in one tensor; in the backward pass the gradients of all three leave in one.
 """
 
 from __future__ import annotations
@@ -12,25 +12,23 @@ from torch import Tensor
 from minitune.kernels.launch import blocks, fused, jit, power_of_two, tl
 
 
-def turn(
-    qkv: Tensor, xa: Tensor | None, B: Tensor | None, cos: Tensor, sin: Tensor, K: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q (N, H, h) and k (N, K, h), turned, and v (N, K, h), each with its adapter's part.
+def turn(qk: Tensor, xa: Tensor | None, B: Tensor | None, cos: Tensor, sin: Tensor, H: int) -> tuple[Tensor, Tensor]:
+    """q (N, H, h) and k (N, K, h), turned, each with its adapter's part.
 
-    qkv (N, (H + 2K) h): products with the frozen weights; xa (N, 3r): what went down in the adapters; B
-    ((H + 2K) h, r): their ways up, one above the other; cos, sin (N, h/2) fp32.
+    qk (N, (H + K) h): products with the frozen weights; xa (N, 3r): what went down in the adapters of q, k and v;
+    B ((H + 2K) h, r): their ways up, one above the other; cos, sin (N, h/2) fp32.
     """
-    if not fused(qkv):
-        return plain_turn(qkv, xa, B, cos, sin, K)
-    N, h = qkv.shape[0], 2 * cos.shape[1]
-    H = qkv.shape[1] // h - 2 * K
-    q, k, v = (qkv.new_empty(N, heads, h) for heads in (H, K, K))
+    if not fused(qk):
+        return plain_turn(qk, xa, B, cos, sin, H)
+    N, h = qk.shape[0], 2 * cos.shape[1]
+    K = qk.shape[1] // h - H
+    q, k = (qk.new_empty(N, heads, h) for heads in (H, K))
     r = 1 if B is None else B.shape[1]
-    turn_kernel[(blocks(N, 32), blocks(H + 2 * K, 8))](
-        qkv, xa, B, cos, sin, q, k, v, N, H, K, h // 2, r, power_of_two(r, 16), B is not None,
-        32, power_of_two(h // 2, 16), 8, num_warps=4,
+    turn_kernel[(blocks(N, 16), blocks(H + K, 8))](
+        qk, xa, B, cos, sin, q, k, N, H, K, h // 2, r, power_of_two(r, 16), B is not None,
+        16, power_of_two(h // 2, 16), 8, num_warps=2,
     )  # fmt: skip
-    return q, k, v
+    return q, k
 
 
 def turn_backward(
@@ -50,16 +48,15 @@ def turn_backward(
     return dqkv, below
 
 
-def plain_turn(qkv, xa, B, cos, sin, K):
-    N, h = qkv.shape[0], 2 * cos.shape[1]
-    width = qkv.shape[1] - 2 * K * h
-    wide = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
+def plain_turn(qk, xa, B, cos, sin, H):
+    N, h = qk.shape[0], 2 * cos.shape[1]
+    wide = qk.to(torch.promote_types(qk.dtype, torch.float32))
+    widths = [H * h, qk.shape[1] - H * h]
     if B is not None:
-        downs, ups = xa.to(wide.dtype).chunk(3, dim=1), B.to(wide.dtype).split([width, K * h, K * h])
-        wide = wide + torch.cat([down @ up.T for down, up in zip(downs, ups, strict=True)], dim=1)
-    q, k, v = (part.view(N, -1, h) for part in wide.split([width, K * h, K * h], dim=1))
-    q, k = (turned(x, cos, sin) for x in (q, k))
-    return tuple(x.to(qkv.dtype).contiguous() for x in (q, k, v))
+        downs, ups = xa.to(wide.dtype).chunk(3, dim=1), B[: sum(widths)].to(wide.dtype).split(widths)
+        wide = wide + torch.cat([down @ up.T for down, up in zip(downs, ups, strict=False)], dim=1)
+    q, k = (turned(part.view(N, -1, h), cos, sin) for part in wide.split(widths, dim=1))
+    return q.to(qk.dtype), k.to(qk.dtype)
 
 
 def plain_turn_backward(dq, dk, dv, B, cos, sin, scale):
@@ -90,7 +87,7 @@ def half_up_kernel(B, offset, HALF: tl.constexpr, half, R: tl.constexpr, RANKS: 
 
 @jit
 def turn_kernel(
-    qkv, xa, B, cos, sin, q, k, v, N, H, K, half,
+    qk, xa, B, cos, sin, q, k, N, H, K, half,
     R: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, ROWS: tl.constexpr, HALF: tl.constexpr,
     HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -103,12 +100,12 @@ def turn_kernel(
     c = tl.load(cos + row * half + i[None, :], mask=real, other=0.0)
     s = tl.load(sin + row * half + i[None, :], mask=real, other=0.0)
     begin = tl.program_id(1) * HEADS
-    for head in range(begin, min(begin + HEADS, H + 2 * K)):
-        at = qkv + row * ((H + 2 * K) * 2 * half) + head * 2 * half + i[None, :]
+    for head in range(begin, min(begin + HEADS, H + K)):
+        at = qk + row * ((H + K) * 2 * half) + head * 2 * half + i[None, :]
         first = tl.load(at, mask=real, other=0.0).to(tl.float32)
         second = tl.load(at + half, mask=real, other=0.0).to(tl.float32)
         if ADAPTED:
-            which = tl.where(head < H, 0, tl.where(head < H + K, 1, 2))  # q, k, v
+            which = tl.where(head < H, 0, 1)
             down = tl.load(xa + row * (3 * R) + which * R + ranks[None, :], mask=thin, other=0.0)
             b = half_up_kernel(B, head * 2 * half, HALF, half, R, RANKS)
             first = tl.dot(down, tl.trans(b), first, input_precision="ieee")
@@ -118,14 +115,10 @@ def turn_kernel(
             out = q + row * (H * 2 * half) + head * 2 * half + i[None, :]
             tl.store(out, first * c - second * s, mask=real)
             tl.store(out + half, second * c + first * s, mask=real)
-        elif head < H + K:
+        else:
             out = k + row * (K * 2 * half) + (head - H) * 2 * half + i[None, :]
             tl.store(out, first * c - second * s, mask=real)
             tl.store(out + half, second * c + first * s, mask=real)
-        else:
-            out = v + row * (K * 2 * half) + (head - H - K) * 2 * half + i[None, :]
-            tl.store(out, first, mask=real)
-            tl.store(out + half, second, mask=real)
 
 
 @jit

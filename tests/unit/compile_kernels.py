@@ -44,7 +44,7 @@ def main() -> None:
     for eight in (False, True):
         kinds = [*moments, ("lower", "*i16"), *((name, U8 if eight else FP32) for name in ("mean", "square"))]
         kinds += [("rate", FP32), *((name, "fp32") for name in ("lr", "weight_decay", "beta1", "beta2"))]
-        compile_kernel(adamw.adamw_kernel, 8, kinds, EIGHT=eight, BLOCK=256, SIZE=2048)
+        compile_kernel(adamw.adamw_kernel, 2, kinds, EIGHT=eight, BLOCK=256, SIZE=512)
     for r in (16, 64):
         ranks = {"R": r, "RANKS": r}
         thin = {**ranks, "n": 3, "COLUMNS": 128}
@@ -56,7 +56,7 @@ def main() -> None:
             tile |= {"ROWS": swiglu.ROWS, "COLUMNS": swiglu.COLUMNS}
             compile_kernel(swiglu.swiglu_kernel, **tile)
             compile_kernel(swiglu.swiglu_backward_kernel, pointers=[("below", FP32)], **tile)
-        compile_kernel(rotary.turn_kernel, **ranks, ADAPTED=True, ROWS=32, HALF=64, HEADS=8)
+        compile_kernel(rotary.turn_kernel, 2, **ranks, ADAPTED=True, ROWS=16, HALF=64, HEADS=8)
         compile_kernel(rotary.turn_backward_kernel, **ranks, ADAPTED=True, ROWS=16, HALF=64)
     print("13 kernels compile")
 
