@@ -87,7 +87,7 @@ def write_recipe(case: dict[str, Any], options: argparse.Namespace) -> Path:
     folder = options.folder / case["name"]
     folder.mkdir(parents=True, exist_ok=True)
     model = options.folder / case["size"]
-    if case.get("rivals") and not options.no_rivals and not (model / "config.json").exists():
+    if case.get("rivals") and not options.no_rivals and not list(model.glob("*.safetensors")):
         write_model(model, case["size"])
     if not (model / "config.json").exists():  # its shape alone: measure.py draws the weights on the device
         write_model(model, case["size"], weights=False)

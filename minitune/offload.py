@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 SMALLEST = 2**20  # bytes; below it a copy is not worth its start
+WIDEST = 2  # bytes a number: fp32 ones are tables that all blocks share, and small
 IN_FLIGHT = 2  # blocks whose copies out may still be under way
 
 
@@ -51,7 +52,7 @@ class HostMemory:
             away.here = None  # compute has waited for the copy, so the memory may be used again
 
     def put(self, x: Tensor, mine: list[Away]) -> Tensor | Away:
-        if x.nbytes < SMALLEST or x.itemsize > 2:  # fp32 ones are tables that all blocks share, and small
+        if x.nbytes < SMALLEST or x.itemsize > WIDEST:
             return x
         shelf = self.free[x.shape, x.dtype]
         host = shelf.pop() if shelf else torch.empty(x.shape, dtype=x.dtype, pin_memory=self.copies is not None)

@@ -378,5 +378,5 @@ def test_masters_move_as_fp32_weights_do(name: str) -> None:
     for key, p in halves.named_parameters():
         masters = join(p.detach(), optimizers[1].state[p]["lower"])
         moved, expected = masters - start[key], dict(whole.named_parameters())[key] - start[key]
-        bound = 2e-2 if "8bit" in name else 1e-5
+        bound = 5e-2 if "8bit" in name else 1e-4
         assert relative(moved, expected) < bound, (key, relative(moved, expected))

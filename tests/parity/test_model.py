@@ -13,7 +13,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 import minitune.model
-from minitune import parallel, precision, pretrained
+from minitune import parallel, pretrained
 from minitune.model import Llama, LlamaConfig, RMSNorm, RopeScaling, rotary_frequencies, rotary_tables, rotate
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -365,24 +365,6 @@ def test_materialize_keeps_what_is_shared_shared(tied: bool, save_llama: Any) ->
         assert parameter.requires_grad == (name != "model.embed_tokens.weight")
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_fp32_masters_multiply_as_the_bf16_model_does(tied: bool, save_llama: Any) -> None:
-    folder, _ = save_llama(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
-    in_bf16, masters = pretrained.load(folder, dtype="bfloat16"), pretrained.load(folder, dtype="float32")
-    names = [name for name, _ in masters.named_parameters()]
-    precision.keep_masters(masters, torch.bfloat16)
-    assert [name for name, _ in masters.named_parameters()] == names
-    assert (masters.lm_head.weight is masters.model.embed_tokens.weight) == tied
-
-    tokens, positions = draw_tokens(100)
-    assert torch.equal(masters(tokens, positions), in_bf16(tokens, positions))
-    masters.requires_grad_(True)(tokens, positions).float().square().mean().backward()
-    for name, parameter in masters.named_parameters():
-        assert parameter.dtype == parameter.grad.dtype == torch.float32, name
-        assert parameter.grad.isfinite().all()
-        assert parameter.grad.any(), name
-
-
 def test_a_first_use_without_gradients_does_not_spoil_the_next(save_llama: Any) -> None:
     """The rotary frequencies are made once and kept: made in inference mode, they must still serve training."""
     folder, theirs = save_llama()
@@ -401,7 +383,7 @@ def test_recomputed_blocks_give_the_same_gradients(dtype: str, save_llama: Any) 
     for recompute in (False, True):
         model = pretrained.load(folder, dtype=dtype).requires_grad_(True)
         if recompute:
-            parallel.recompute_blocks(model)
+            parallel.recompute_blocks(model.layers)
         model(tokens, positions, labels=tokens).backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     plain, recomputed = gradients

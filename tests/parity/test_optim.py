@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitune import files, optim, precision, pretrained
+from minitune import files, optim, pretrained
 from minitune.config import LINEARS, OptimConfig
 from minitune.errors import RunFailed, UserError
 from minitune.model import Llama
@@ -28,7 +28,6 @@ def full(base: Path) -> Llama:
     """All parameters train, biases and norms included; the head is the embedding."""
     model = pretrained.load(base)
     model.requires_grad_(True)
-    precision.keep_masters(model, torch.float32)
     return model
 
 
@@ -39,19 +38,19 @@ def lora(base: Path) -> Llama:
 MODELS = pytest.mark.parametrize("make", [full, lora])
 
 
-def backward(model: Llama, step: int) -> None:
+def backward(model: Llama, step: int) -> Tensor:
     tokens = ref.token_rows(2, 15, seed=step)
     labels = tokens.roll(-1, 1)
     labels[:, -1] = -100
-    (model(tokens, labels=labels) / (labels != -100).sum()).backward()
+    loss = model(tokens, labels=labels) / (labels != -100).sum()
+    loss.backward()
+    return loss.detach()
 
 
 def take_steps(model: Llama, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         optim.set_learning_rate(optimizer, 1e-2 / (step + 1))
-        backward(model, step)
-        optim.clip(model, 0.3)
-        optimizer.step()
+        optim.update(model, optimizer, 0.3, backward(model, step))
         optimizer.zero_grad()
 
 
@@ -124,8 +123,9 @@ def test_clipping_is_pytorch_s(base: Path, make: Callable[[Path], Llama], limit:
         backward(model, 0)
     untouched = {name: p.grad.clone() for name, p in ours.named_parameters() if p.grad is not None}
     expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), limit or float("inf"))
-    norm = optim.clip(ours, limit)
-    assert torch.equal(norm, expected) and norm > 1e-3
+    still = torch.optim.SGD(ours.parameters(), lr=0.0)  # so that what is left are the gradients
+    norm, finite = optim.update(ours, still, limit, torch.zeros(()))
+    assert torch.equal(norm, expected) and norm > 1e-3 and finite
     exact = torch.cat([g.flatten().double() for g in untouched.values()]).norm()
     assert norm.item() == pytest.approx(exact.item(), rel=1e-6)
     theirs_of = dict(theirs.named_parameters())
@@ -137,12 +137,22 @@ def test_clipping_is_pytorch_s(base: Path, make: Callable[[Path], Llama], limit:
         assert clipped.item() == pytest.approx(limit, rel=1e-4)
 
 
+@pytest.mark.parametrize("where", ["gradient", "loss"])
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])
-def test_a_norm_that_is_not_finite_is_told(base: Path, what: float) -> None:
+def test_what_is_not_finite_is_told_and_not_applied(base: Path, what: float, where: str) -> None:
     model = lora(base)
-    backward(model, 0)
-    next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = what
-    assert not torch.isfinite(optim.clip(model, 0.3))
+    optimizer, _ = optim.make_optimizer(model, CFG)
+    take_steps(model, optimizer, range(1))
+    before, moments = weights(model), {key: t.clone() for key, t in optim.state(model, optimizer)[0].items()}
+    loss = backward(model, 1)
+    if where == "gradient":
+        next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = what
+    else:
+        loss = loss * what
+    norm, finite = optim.update(model, optimizer, 0.3, loss)
+    assert not finite and (where == "loss" or not torch.isfinite(norm))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(model).items())
+    assert all(torch.equal(t, moments[key]) for key, t in optim.state(model, optimizer)[0].items())
 
 
 # ---- its state ------------------------------------------------------------------------------------------------------

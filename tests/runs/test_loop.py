@@ -41,14 +41,13 @@ def test_a_mean_of_means_would_be_caught(start: Start, monkeypatch: pytest.Monke
     def mean_of_means(model, optimizer, micro_batches, cfg, step):
         loss = torch.zeros(())
         for batch in micro_batches:
-            total = model(batch.tokens, batch.positions, batch.documents, batch.labels)
+            total = model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)
             mean = total / max(1, batch.loss_tokens) / len(micro_batches)
             mean.backward()
             loss += mean.detach()
-        norm = optim.clip(model, cfg.optim.max_grad_norm)
-        optimizer.step()
+        norm, finite = optim.update(model, optimizer, cfg.optim.max_grad_norm, loss)
         optimizer.zero_grad(set_to_none=True)
-        return loss, norm, True
+        return loss, norm, finite
 
     common = ("lora.dropout=0.0", "data.eval_fraction=0", "train.batch_size=1", "train.gradient_accumulation_steps=6")
     right, _ = start("right", *common)
@@ -92,15 +91,15 @@ def test_every_update_moves_every_trained_parameter_and_nothing_else(start: Star
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], what: float) -> None:
     """Make the gradient of these steps (from 0) non-finite."""
-    real = optim.clip
+    real = optim.update
     count = itertools.count()
 
-    def clip(model: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    def update(model: torch.nn.Module, *rest: object) -> tuple[torch.Tensor, torch.Tensor]:
         if next(count) in steps:
             next(p for p in model.parameters() if p.grad is not None).grad[0, 0] = what
-        return real(model, max_norm)
+        return real(model, *rest)
 
-    monkeypatch.setattr(optim, "clip", clip)
+    monkeypatch.setattr(optim, "update", update)
 
 
 @pytest.mark.parametrize("what", [float("nan"), float("inf")])

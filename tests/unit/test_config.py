@@ -27,6 +27,7 @@ path = "meta-llama/Meta-Llama-3-8B"
 revision = ""
 dtype = "bfloat16"
 attention = "auto"
+dense_weights = "auto"
 [data]
 train = ["data/train.jsonl"]
 eval = []
@@ -59,6 +60,8 @@ max_steps = 0
 batch_size = 4
 gradient_accumulation_steps = 4
 gradient_checkpointing = "auto"
+offload = "auto"
+fused = "auto"
 compile = "auto"
 resume = "auto"
 deterministic = false

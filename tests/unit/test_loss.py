@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minitune import loss
+from minitune.kernels.softmax import plain_cross_entropy_
 from minitune.loss import IGNORE, TokenLoss
 
 D, V = 24, 53
@@ -78,26 +79,70 @@ def test_a_mean_would_have_been_nan() -> None:
     assert F.cross_entropy(head(hidden).flatten(0, 1), labels.flatten()).isnan()
 
 
-def mean(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), labels)
+def half_gone(gradient: Tensor, labels: Tensor) -> Tensor:
+    losses = plain_cross_entropy_(gradient, labels)
+    gradient[:, ::2] = 0
+    return losses
 
 
-def softmax_in_bf16(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).bfloat16(), labels, reduction="sum").float()
+def softmax_in_bf16(logits: Tensor, labels: Tensor) -> Tensor:
+    rounded = logits.bfloat16()
+    losses = plain_cross_entropy_(rounded, labels)
+    logits.copy_(rounded)
+    return losses.bfloat16().float()
 
 
-def shifted(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden)[:-1], labels[1:], reduction="sum")
+def shifted(logits: Tensor, labels: Tensor) -> Tensor:
+    return plain_cross_entropy_(logits, labels.roll(1))
 
 
-@pytest.mark.parametrize("wrong", [mean, softmax_in_bf16, shifted])
+@pytest.mark.parametrize("wrong", [half_gone, softmax_in_bf16, shifted])
 def test_a_wrong_piece_would_be_caught(wrong: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 7)
     hidden, head, labels = drawn(0.5)
-    total, _, _ = exact(hidden, head, labels)
-    assert TokenLoss()(hidden, head, labels).item() == pytest.approx(total.item(), rel=1e-6)
-    monkeypatch.setattr(loss, "summed_cross_entropy", wrong)
-    assert TokenLoss()(hidden, head, labels).item() != pytest.approx(total.item(), rel=1e-4)
+    total, hidden_grad, weight_grad = exact(hidden, head, labels)
+    monkeypatch.setattr(loss, "cross_entropy_", wrong)
+    ours = TokenLoss()(hidden, head, labels)
+    ours.backward()
+    same = [ours.item() == pytest.approx(total.item(), rel=1e-4)]
+    same += [
+        torch.allclose(p.grad.double(), g, rtol=1e-3) for p, g in ((hidden, hidden_grad), (head.weight, weight_grad))
+    ]
+    assert not all(same)
+
+
+class Adapted(nn.Module):
+    """A head that is no plain linear map: its gradient is autograd's, and each piece is computed again."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.base = head
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base(hidden)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_any_head_will_do(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    hidden, head, labels = drawn(share)
+    total, hidden_grad, weight_grad = exact(hidden, head, labels)
+    places = []
+    head.register_forward_hook(lambda module, args, out: places.append(len(out)))
+    ours = TokenLoss()(hidden, Adapted(head), labels)
+    ours.backward()
+    assert ours.item() == pytest.approx(total.item(), rel=1e-6)
+    torch.testing.assert_close(hidden.grad.double(), hidden_grad, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(head.weight.grad.double(), weight_grad, rtol=1e-5, atol=1e-5)
+    assert max(places, default=0) <= 7 and sum(places) == 2 * (labels != IGNORE).sum()
+
+
+def test_the_places_that_are_learned_may_be_given() -> None:
+    hidden, head, labels = drawn(0.5)
+    learned = (labels.flatten() != IGNORE).nonzero()[:, 0]
+    assert TokenLoss()(hidden, head, labels, learned).item() == TokenLoss()(hidden, head, labels).item()
+    fewer = TokenLoss()(hidden, head, labels, learned[1:]).item()
+    assert fewer < TokenLoss()(hidden, head, labels).item()  # it is these that are looked at
 
 
 def test_in_bf16_the_softmax_and_the_sum_are_fp32() -> None:
@@ -128,16 +173,16 @@ def test_a_head_without_gradient_gets_none_and_passes_it_on() -> None:
 def test_no_more_than_a_piece_of_logits_is_ever_held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "CHUNK", 7)
     hidden, head, labels = drawn(1.0)
-    places = []
-    head.register_forward_hook(lambda module, args, out: places.append(len(out)))
+    pieces = []
+    monkeypatch.setattr(loss, "cross_entropy_", lambda a, b: pieces.append(a) or plain_cross_entropy_(a, b))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         total = TokenLoss()(hidden, head, labels)
-    assert max(places) == 7
-    assert sum(places) == labels.numel()
+    assert max(map(len, pieces)) == 7 and sum(map(len, pieces)) == labels.numel()
+    assert len({piece.untyped_storage().data_ptr() for piece in pieces}) == 1  # one room for all
     assert not any(shape[-1:] == (V,) for shape in kept)  # no logits wait for the backward pass
     total.backward()
-    assert sum(places) == 2 * labels.numel()  # each piece once more
+    assert sum(map(len, pieces)) == labels.numel()  # nor are they computed again
 
 
 def test_a_head_that_trains_alone_gets_its_gradient() -> None:

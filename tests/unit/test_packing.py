@@ -3,6 +3,7 @@
 import json
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -244,7 +245,7 @@ def test_labels_do_not_depend_on_neighbours_unless_they_cross_the_seam() -> None
     assert pairs_learned(batches[0]) == pairs_learned(batches[1]) == pairs_of_documents(corpus)
 
     mutants = [
-        Batch(b.tokens, labels_across_the_seam(corpus, row, 24), b.positions, b.documents, 0, b.document_tokens)
+        replace(b, labels=labels_across_the_seam(corpus, row, 24))
         for b, row in zip(batches, ([0, 1, 2], [1, 0, 2]), strict=True)
     ]
     assert pairs_learned(mutants[0]) != pairs_learned(mutants[1])
