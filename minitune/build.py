@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from minitune import adapters, attention, block, nf4, parallel, plan, pretrained
-from minitune.block import Keep
+from minitune import adapters, attention, byhand, nf4, parallel, plan, pretrained
+from minitune.byhand import Keep
 from minitune.config import Config
 from minitune.kernels import launch
 from minitune.model import Llama
@@ -40,7 +40,7 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
     need = plan.memory(model, config, cfg, by_hand=slow is None)
     choice = plan.choose(need, parallel.free_memory(device), cfg, by_hand=slow is None)
     if slow is None:
-        block.by_hand(model, choice.keep, HostMemory(device) if choice.host else None, choice.dense)
+        byhand.by_hand(model, choice.keep, HostMemory(device) if choice.host else None, choice.dense)
         how = "fused blocks"
     else:
         compiled = cfg.train.compile == "auto" and device.type == "cuda"
@@ -67,12 +67,12 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
 
 
 def why_not_by_hand(model: Llama, cfg: Config, device: torch.device) -> str | None:
-    """Why the blocks do not run by hand (`block.py`), or None; empty where nobody would expect it."""
+    """Why the blocks do not run by hand (`byhand`), or None; empty where nobody would expect it."""
     if device.type != "cuda" or cfg.train.fused == "none":
         return ""
     if cfg.model.dtype != "bfloat16":
         return f"fused ones compute in bfloat16, not {cfg.model.dtype}"
-    return next(filter(None, map(block.refusal, model.layers)), None) or launch.fault(device)
+    return next(filter(None, map(byhand.refusal, model.layers)), None) or launch.fault(device)
 
 
 def fill(model: Llama, cfg: Config, base: Path, device: torch.device) -> None:
@@ -83,6 +83,6 @@ def fill(model: Llama, cfg: Config, base: Path, device: torch.device) -> None:
     for layer, modules in zip(model.layers, blocks, strict=True):
         parallel.materialize(modules, device)
         if cfg.method != "qlora":
-            block.lay_side_by_side(layer)  # at once: what it frees serves the next block
+            byhand.lay_side_by_side(layer)  # at once: what it frees serves the next block
     pretrained.load_base(model, base)  # stream the shards, quantizing as they come
     adapters.reset(model, cfg.seed)  # the same start wherever it runs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from minitune.block import Keep
+from minitune.byhand import Keep
 from minitune.config import Config
 from minitune.loss import CHUNK
 from minitune.masters import SMALLEST_PAGED
@@ -93,7 +93,7 @@ def memory(model: nn.Module, config: LlamaConfig, cfg: Config, by_hand: bool) ->
 
 
 def by_hand_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple[dict[Keep, int], dict[Keep, int]]:
-    """What a block of `block.py` keeps and works with, line by line there."""
+    """What a block by hand keeps and works with, line by line in byhand/block.py."""
     D, F = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim  # of attention's output
     qkv = heads + 2 * config.num_key_value_heads * config.head_dim

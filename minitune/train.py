@@ -7,7 +7,6 @@ import math
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -16,29 +15,27 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 
 from minitune import (
     build,
     checkpoint,
     files,
-    generate,
     optim,
     parallel,
     peft_format,
     pretrained,
     runs,
-    seeds,
     shards,
 )
 from minitune.config import Config, dump
-from minitune.data import Prepared, Sample, prepare
+from minitune.data import Prepared, prepare
 from minitune.data.packing import Batch, Corpus, fill
-from minitune.data.stream import Stream, eval_batches
+from minitune.data.stream import Stream
 from minitune.errors import Interrupted, RunFailed, UserError
 from minitune.log import RunLog, Speed, count, say, versions
-from minitune.model import Llama, LlamaConfig
 from minitune.precision import DTYPES
+from minitune.samples import Samples, check_samples_fit
+from minitune.step import Outcome, Outcomes, evaluate, take_step
 from minitune.tokenizer import Tokenizer, load_tokenizer
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
@@ -253,127 +250,6 @@ def note_ending(run: Path, facts: dict[str, Any], progress: Progress, reason: st
     return whole
 
 
-def take_step(
-    model: Llama, optimizer: torch.optim.Optimizer, micro_batches: list[Batch], cfg: Config, step: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One optimizer step over the micro-batches: loss (nats per loss token), gradient norm before clipping, and
-    whether both were finite, all still on the device. If not, nothing is applied: weights and moments stay."""
-    # Divide by the loss tokens of the whole step: then how it is cut into micro-batches changes nothing.
-    loss_tokens = max(1, sum(batch.loss_tokens for batch in micro_batches))
-    loss = torch.zeros((), device=micro_batches[0].tokens.device)
-    for number, batch in enumerate(micro_batches):
-        torch.manual_seed(seeds.derive(cfg.seed, "dropout", step, number))
-        total = model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)  # summed
-        (total / loss_tokens).backward()
-        loss += total.detach() / loss_tokens
-
-    norm, finite = optim.update(model, optimizer, cfg.optim.max_grad_norm, loss)
-    optimizer.zero_grad(set_to_none=True)
-    return loss, norm, finite
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a step went."""
-
-    step: int  # the first is 1
-    loss: float  # nats per loss token
-    norm: float  # of the gradient, before clipping
-    finite: bool  # else it was not applied
-
-
-class Outcomes:
-    """How steps went, read when they are done and not before: a GPU has the next step to do while the host looks at
-    the last one, so it never waits for the host."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.ahead = 1 if device.type == "cuda" else 0  # steps that a device may have under way
-        self.under_way: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
-
-    def add(self, step: int, loss: Tensor, norm: Tensor, finite: Tensor) -> None:
-        numbers = torch.stack([loss.float(), norm.float(), finite.float()])
-        if self.ahead:
-            numbers = numbers.to("cpu", non_blocking=True)
-        self.under_way.append((step, numbers, torch.cuda.current_stream().record_event() if self.ahead else None))
-
-    def settled(self) -> list[Outcome]:
-        """All steps but the one that a GPU is busy with, in order, each once; waits for them."""
-        return [self.read() for _ in range(len(self.under_way) - self.ahead)]
-
-    def all(self) -> list[Outcome]:
-        """All steps, in order, each once; waits for them."""
-        return [self.read() for _ in range(len(self.under_way))]
-
-    def read(self) -> Outcome:
-        step, numbers, done = self.under_way.popleft()
-        if done is not None:
-            done.synchronize()
-        loss, norm, finite = numbers.tolist()
-        self.latest = Outcome(step, loss, norm, bool(finite))
-        return self.latest
-
-
-@torch.no_grad()
-def evaluate(model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, device: torch.device) -> float:
-    """Mean loss over all loss tokens of a corpus (nats). Draws nothing and leaves the model as it was."""
-    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-    batches = eval_batches(
-        corpus,
-        max_seq_len=cfg.data.max_seq_len,
-        packing=cfg.data.packing,
-        batch_size=cfg.train.batch_size,
-        pad_id=tokenizer.pad_id,
-    )
-    with generate.evaluating(model):
-        for batch in batches:
-            batch = batch.to(device)
-            total += model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)
-            tokens += batch.loss_tokens
-    return total.item() / max(1, tokens)
-
-
-class Samples:
-    """Held-out prompts answered before and after training, side by side, and how many are exactly right."""
-
-    SHOWN = 3
-    AT_ONCE = 50  # prompts in one batch
-
-    def __init__(self, cfg: Config, model: Llama, tokenizer: Tokenizer, samples: list[Sample]) -> None:
-        self.model, self.tokenizer, self.samples = model, tokenizer, samples
-        self.longest_answer = cfg.eval.sample_tokens
-        self.scores: dict[str, float] = {}  # share of exact matches
-        self.answers: dict[str, list[str]] = {}
-
-    def answer(self, when: str) -> None:
-        """Answer all prompts, greedily; with "after", show what changed."""
-        if not self.samples:
-            return
-        ids = []
-        for some in chunks(self.samples, self.AT_ONCE):
-            prompts = [sample.prompt_ids for sample in some]
-            ids += generate.generate(self.model, prompts, self.longest_answer, self.tokenizer.stop_ids)
-        answers = self.answers[when] = [self.tokenizer.decode(answer).strip() for answer in ids]
-        right = sum(answer == sample.answer.strip() for answer, sample in zip(answers, self.samples, strict=True))
-        self.scores[when] = right / len(answers)
-        say(f"{when} training: {right} of {len(answers)} held-out prompts answered exactly ({self.scores[when]:.0%})")
-        if when == "after":
-            for number, sample in enumerate(self.samples[: self.SHOWN]):
-                say(f"\n{sample.prompt_text.rstrip()}")
-                say(f"  before:   {self.answers['before'][number]!r}")
-                say(f"  after:    {answers[number]!r}")
-                say(f"  expected: {sample.answer.strip()!r}")
-
-
-def check_samples_fit(cfg: Config, samples: list[Sample], config: LlamaConfig) -> None:
-    """Refuse, before the model loads, prompts that leave no room for an answer."""
-    longest = max((len(sample.prompt_ids) for sample in samples), default=0)
-    if samples and longest + cfg.eval.sample_tokens > config.max_position_embeddings:
-        raise UserError(
-            f"eval.sample_tokens: {cfg.eval.sample_tokens} on top of a held-out prompt of {longest} tokens pass the "
-            f"model's {config.max_position_embeddings} positions; lower it, or set eval.samples = 0"
-        )
-
-
 @dataclass
 class Stop:
     """Which signal asked the run to stop; 0 while none has."""
@@ -424,10 +300,6 @@ def first_line(cfg: Config, data: Prepared, stream: Stream, steps: int, made_of:
         f"{counts['packed_rows']:,} rows of {cfg.data.max_seq_len}, {counts['fill']:.1%} full; "
         f"{steps:,} steps of {stream.rows_per_step} rows"
     )
-
-
-def chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
-    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def due(step: int, every: int) -> bool:

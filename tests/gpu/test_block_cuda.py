@@ -4,9 +4,10 @@ import pytest
 import torch
 from test_cuda import batch, gradients, llama, worse
 
-from minitune import adapters, attention, block, offload
+from minitune import adapters, attention, byhand, offload
 from minitune.adapters import lora
-from minitune.block import Keep
+from minitune.byhand import Keep
+from minitune.byhand.fan import Fan
 from minitune.kernels import dropout
 
 pytestmark = [
@@ -21,9 +22,9 @@ def by_hand(method: str, keep: Keep, host: bool = False, own_dense: bool = False
     attention.use(model, core, DEVICE, torch.bfloat16)
     if method != "qlora":
         for layer in model.layers:
-            block.lay_side_by_side(layer)
-    assert [block.refusal(layer) for layer in model.layers] == [None] * 3
-    block.by_hand(model, [keep] * 3, offload.HostMemory(DEVICE) if host else None, own_dense)
+            byhand.lay_side_by_side(layer)
+    assert [byhand.refusal(layer) for layer in model.layers] == [None] * 3
+    byhand.by_hand(model, [keep] * 3, offload.HostMemory(DEVICE) if host else None, own_dense)
     return model
 
 
@@ -66,8 +67,8 @@ def test_dropped_inputs_are_the_plain_path_s(monkeypatch) -> None:
     place = {"q": (0, 0), "k": (0, 1), "v": (0, 2), "o": (1, 0), "gate": (2, 0), "up": (2, 1), "down": (3, 0)}
 
     def forward(self, x):
-        fan, which = place[self.short]
-        drop = dropout.Dropout(seeds[2 * fan : 2 * fan + 2], round(0.3 * 65536))
+        where, which = place[self.short]
+        drop = dropout.Dropout(seeds[2 * where : 2 * where + 2], round(0.3 * 65536))
         mask = dropout.kept(drop, which, x[..., 0].numel(), x.shape[-1]).view(x.shape)
         inner = torch.nn.functional.linear((x * mask).to(x.dtype), self.lora_A.to(x.dtype))
         return self.base(x) + torch.nn.functional.linear(inner * self.scaling, self.lora_B.to(x.dtype))
@@ -88,14 +89,14 @@ def test_a_planted_in_place_bug_would_be_noticed(monkeypatch) -> None:
     """A gradient written over while it is still needed: losses stay, gradients do not."""
     exact = gradients(llama(torch.float32, "lora"))
     eager = gradients(llama(torch.bfloat16, "lora"))
-    real = block.Fan.back
+    real = Fan.back
 
     def back(self, dy, t, drop):
         dx = real(self, dy, t, drop)
         dy.mul_(0.9)
         return dx
 
-    monkeypatch.setattr(block.Fan, "back", back)
+    monkeypatch.setattr(Fan, "back", back)
     assert worse(gradients(by_hand("lora", Keep.ALL)), eager, exact)
 
 

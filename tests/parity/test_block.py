@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minitune import adapters, block, generate, nf4, offload, optim
+from minitune import adapters, byhand, generate, nf4, offload, optim
 from minitune.adapters.lora import LoRALinear
 from minitune.attention import Documents
-from minitune.block import Fan, Keep
+from minitune.byhand import Keep, block, fan
+from minitune.byhand.attention import AttentionPass
+from minitune.byhand.fan import Dense, Fan
 from minitune.config import LINEARS, LoRAConfig, OptimConfig
 from minitune.kernels import launch
 from minitune.kernels.dropout import Dropout, kept
@@ -67,7 +69,7 @@ def llama(method: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32,
 
 
 def by_hand(model: Llama, keep: Keep = Keep.ALL, host: HostMemory | None = None, own_dense: bool = False) -> Llama:
-    block.by_hand(model, [keep] * len(model.layers), host, own_dense)
+    byhand.by_hand(model, [keep] * len(model.layers), host, own_dense)
     return model
 
 
@@ -128,10 +130,10 @@ def test_side_by_side_weights_change_nothing_and_are_the_models() -> None:
         model = llama(method)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         apart = gradients(by_hand(model))
-        assert block.side_by_side([Fan("x", qkv(model), block.Dense()).bases[i].weight for i in range(3)]) is None
+        assert fan.side_by_side([Fan("x", qkv(model), Dense()).bases[i].weight for i in range(3)]) is None
         for layer in model.layers:
-            block.lay_side_by_side(layer)
-        together = block.side_by_side([Fan("x", qkv(model), block.Dense()).bases[i].weight for i in range(3)])
+            byhand.lay_side_by_side(layer)
+        together = fan.side_by_side([Fan("x", qkv(model), Dense()).bases[i].weight for i in range(3)])
         assert together.shape == (160, 64)
         assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
         assert distance(gradients(model), apart) < 1e-6
@@ -151,8 +153,8 @@ def test_dropped_inputs_are_dropped_everywhere_alike(kernels: None, monkeypatch)
     place = {"q": (0, 0), "k": (0, 1), "v": (0, 2), "o": (1, 0), "gate": (2, 0), "up": (2, 1), "down": (3, 0)}
 
     def forward(self: LoRALinear, x: Tensor) -> Tensor:
-        fan, which = place[self.short]
-        drop = Dropout(seeds[2 * fan : 2 * fan + 2], round(0.3 * 65536))
+        where, which = place[self.short]
+        drop = Dropout(seeds[2 * where : 2 * where + 2], round(0.3 * 65536))
         dropped = x * kept(drop, which, x[..., 0].numel(), x.shape[-1]).view(x.shape)
         return self.base(x) + self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)
 
@@ -242,13 +244,13 @@ def test_what_is_kept_between_the_passes(keep: Keep, most: float) -> None:
     def alive(keep: Keep) -> int:
         model = by_hand(llama("lora"), keep)
         passes = []
-        real = block.AttentionPass.__init__
+        real = AttentionPass.__init__
 
         def noting(self, *rest):
             passes.append(self)
             real(self, *rest)
 
-        block.AttentionPass.__init__ = noting
+        AttentionPass.__init__ = noting
         storages: dict[int, int] = {}
 
         def see(x: Tensor) -> Tensor:
@@ -259,7 +261,7 @@ def test_what_is_kept_between_the_passes(keep: Keep, most: float) -> None:
             with torch.autograd.graph.saved_tensors_hooks(see, lambda x: x):
                 loss = model.model(*batch()[:3])
         finally:
-            block.AttentionPass.__init__ = real
+            AttentionPass.__init__ = real
         for each in passes:
             for x in getattr(each, "given", None) or ():
                 storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -305,8 +307,8 @@ def in_place(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scaled_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = block.up
-    monkeypatch.setattr(block, "up", lambda t, A, n, drop: 1.4 * real(t, A, n, drop))
+    real = fan.up
+    monkeypatch.setattr(fan, "up", lambda t, A, n, drop: 1.4 * real(t, A, n, drop))
 
 
 def swapped_gate_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +355,7 @@ def test_what_cannot_run_by_hand_is_said() -> None:
     def refusal(change: Callable[[Llama], None], method: str = "lora") -> str | None:
         model = llama(method)
         change(model)
-        return block.refusal(model.layers[1])
+        return byhand.refusal(model.layers[1])
 
     mlp = 1
     assert refusal(lambda m: None) is None and refusal(lambda m: None, "full") is None
@@ -365,7 +367,7 @@ def test_what_cannot_run_by_hand_is_said() -> None:
     assert "bias" in refusal(lambda m: setattr(m.layers[mlp].mlp, "up_proj", nn.Linear(64, 192)), "full")
     assert "Identity" in refusal(lambda m: setattr(m.layers[mlp].mlp, "up_proj", nn.Identity()), "full")
     wide = replace_adapters(llama("lora"), 65)
-    assert "above 64" in block.refusal(wide.layers[0])
+    assert "above 64" in byhand.refusal(wide.layers[0])
 
 
 def replace_adapters(model: Llama, r: int) -> Llama:

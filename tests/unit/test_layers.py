@@ -15,10 +15,11 @@ FLOORS = [
     ["kernels", "surgery", "attention", "loss", "tokenizer", "log", "model", "shards"],
     ["nf4", "precision", "masters", "optim", "offload", "parallel", "data"],
     ["adapters"],
-    ["block", "plan"],
+    ["byhand", "plan"],
     ["pretrained", "peft_format", "checkpoint"],
     ["build", "runs"],
     ["merge", "generate"],
+    ["step", "samples"],
     ["train"],
     ["scripts"],
 ]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minitune import adapters, nf4, plan
-from minitune.block import Keep
+from minitune.byhand import Keep
 from minitune.config import Config, LoRAConfig, load_config
 from minitune.model import Llama, LlamaConfig
 from minitune.plan import Choice

@@ -1,0 +1,66 @@
+"""Blocks by hand: the passes of `model.Block`, forward and backward, written out for speed.
+
+`model.Block` says what is computed, and autograd would find the same gradients; what is here is its twin. It knows
+three things that autograd does not: that frozen weights need no gradient, that an adapter's part can ride along in a
+kernel that passes over the tensor anyway, and what to compute again instead of keeping. It takes blocks whose linears
+are plain, frozen or trained, or NF4, each bare or with LoRA (`refusal` says what else there is); anything else runs as
+`model.Block`, by way of autograd. On a CPU the same code runs on the kernels' plain twins.
+
+    block.py       a block, top to bottom and back; the last norm
+    fan.py         linears that read the same input: products, adapters, gradients; dense weights of NF4
+    attention.py   any attention core between the halves; what a block keeps
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from minitune.adapters.lora import LoRALinear
+from minitune.byhand.attention import Keep
+from minitune.byhand.block import HandBlock, NormFunction
+from minitune.byhand.fan import Dense, lay_side_by_side
+from minitune.model import Block, Llama
+from minitune.nf4 import NF4Linear
+from minitune.offload import HostMemory
+
+__all__ = ["Keep", "by_hand", "lay_side_by_side", "refusal"]
+
+ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+LARGEST_RANK = 64  # what the kernels hold in registers
+
+
+def by_hand(model: Llama, keep: Sequence[Keep], host: HostMemory | None = None, own_dense: bool = False) -> None:
+    """Let the blocks of a model, and its last norm, run by hand.
+
+    keep: what each block keeps. host: where those that do not keep all put it, if not on the device.
+    own_dense: give each NF4 linear room for its dense weight, made once, in place of making it in each pass.
+    """
+    dense = Dense(shared=not own_dense)
+    for block, kept in zip(model.layers, keep, strict=True):
+        block.forward = HandBlock(block, kept, dense, None if kept is Keep.ALL else host).forward
+    last = model.model.norm
+    last.forward = lambda x: NormFunction.apply(x, last.weight, last.eps)
+
+
+def refusal(block: Block) -> str | None:
+    """Why a block cannot run by hand, or None."""
+    kinds, ranks = set(), set()
+    for name in (*ATTENTION, *MLP):
+        linear = getattr(block.self_attn if name in ATTENTION else block.mlp, name)
+        if isinstance(linear, LoRALinear):
+            if type(linear).forward is not LoRALinear.forward:
+                return f"{type(linear).__name__} has a forward pass of its own"
+            ranks.add((linear.lora_A.shape[0], linear.scaling, linear.dropout))
+            linear = linear.base
+        if type(linear) not in (nn.Linear, NF4Linear):
+            return f"{name} is a {type(linear).__name__}"
+        if linear.bias is not None:
+            return f"{name} has a bias"
+        kinds.add(type(linear))
+    if len(kinds) > 1:
+        return "only some of its linears are NF4"
+    if len(ranks) > 1:
+        return "its adapters differ in rank, scaling or dropout"
+    if ranks and max(ranks)[0] > LARGEST_RANK:
+        return f"its adapters have a rank above {LARGEST_RANK}"
+    return None

@@ -1,0 +1,91 @@
+"""Attention between the halves of a block that runs by hand, and what a block keeps for its backward pass."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minitune.attention import Documents
+
+
+class Keep(Enum):
+    """What a block keeps between forward and backward, besides its input and what went down in its adapters."""
+
+    ALL = "q k v, attention's output, the sum after it, gate and up"  # nothing is computed again
+    ATTENTION = "attention's output"  # the products are computed again, all but down's; not attention
+    INPUT = "nothing"  # attention is computed again as well
+
+
+class AttentionPass:
+    """Attention between the block's own halves: any core, by way of its own graph.
+
+    What the graph keeps is told apart: q, k and v, which can be computed again, and the rest, which is kept in their
+    stead (attention's output and the log-sum-exp of the scores).
+    """
+
+    def __init__(self, core: nn.Module, documents: Documents | None, shape: tuple[int, int]) -> None:
+        self.core, self.documents, self.shape = core, documents, shape
+        self.kept: list[Tensor] = []  # the rest, while it is here
+
+    def forward(self, qkv: tuple[Tensor, ...], keep: Keep | None) -> Tensor:
+        """q, k, v (N, heads, h) -> (N, H h). keep None or INPUT: leaves nothing for a backward pass."""
+        if keep is Keep.ALL:
+            return self.run(qkv)
+        if keep is Keep.ATTENTION:
+            with torch.autograd.graph.saved_tensors_hooks(self.put, self.get):
+                out = self.run(qkv)
+            self.output_at = next((i for i, x in enumerate(self.kept) if x.data_ptr() == out.data_ptr()), None)
+            if self.output_at is None:
+                self.output_at = len(self.kept)
+                self.kept.append(out)
+            self.out = torch.autograd.graph.get_gradient_edge(self.out)  # the node alone, without the tensor
+            for x in self.given:
+                x.untyped_storage().resize_(0)  # the graph's inputs stay its inputs, without their memory
+            return out
+        with torch.no_grad():
+            return self.core(*self.rows(qkv), self.documents).reshape(len(qkv[0]), -1)
+
+    def again(self, qkv: tuple[Tensor, ...]) -> Tensor:
+        """Attention's output in the backward pass, for q, k, v computed again."""
+        if not self.kept:
+            return self.run(qkv)
+        self.fresh = qkv
+        return self.output()
+
+    def output(self) -> Tensor:
+        whole = self.kept[self.output_at] if self.kept else self.out.detach()
+        return whole.reshape(self.shape[0] * self.shape[1], -1)
+
+    def backward(self, do: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of q, k and v (N, heads, h)."""
+        B, T = self.shape
+        do = do.view(B, T, self.given[0].shape[2], -1)
+        grads = torch.autograd.grad([self.out], self.given, [do])
+        self.out = self.given = self.fresh = None
+        self.kept = []
+        return tuple(grad.reshape(B * T, *grad.shape[2:]).contiguous() for grad in grads)
+
+    def run(self, qkv: tuple[Tensor, ...]) -> Tensor:
+        with torch.enable_grad():
+            self.given = [x.detach().requires_grad_() for x in self.rows(qkv)]
+            self.out = self.core(*self.given, self.documents)
+        return self.out.detach().reshape(len(qkv[0]), -1)
+
+    def rows(self, qkv: tuple[Tensor, ...]) -> list[Tensor]:
+        return [x.view(*self.shape, *x.shape[1:]) for x in qkv]
+
+    def put(self, x: Tensor) -> Any:
+        for i, given in enumerate(self.given):
+            if x.untyped_storage().data_ptr() == given.untyped_storage().data_ptr():
+                return "given", i, x.size(), x.stride(), x.storage_offset()
+        self.kept.append(x)
+        return "kept", len(self.kept) - 1
+
+    def get(self, what: Any) -> Tensor:
+        if what[0] == "kept":
+            return self.kept[what[1]]
+        _, i, size, stride, offset = what
+        return self.fresh[i].as_strided(size, stride, offset)

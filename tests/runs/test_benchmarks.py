@@ -1,0 +1,78 @@
+"""The benchmarks run, at tiny size on a CPU, so that they cannot rot; what they find there is no figure."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def python(*arguments: object) -> str:
+    line = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_cases_are_measured_and_told(tmp_path: Path) -> None:
+    rows = tmp_path / "alpaca_en_demo.json"
+    rows.write_text(json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n} " * 40} for n in range(400)]))
+    out, cases = tmp_path / "results.json", ["lora-fast", "qlora-small", "full", "alpaca"]
+    common = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 5, "--no-rivals"]
+    printed = python(BENCHMARKS / "run.py", *common, "--data", tmp_path, "--cases", *cases)
+    results = json.loads(out.read_text())
+    assert [result["case"] for result in results] == cases
+    contract = {
+        "case",
+        "system",
+        "method",
+        "tokens_per_second",
+        "peak_allocated_gb",
+        "final_loss",
+        "versions",
+        "command",
+    }
+    for result in results:
+        assert contract <= result.keys(), result
+        assert result["tokens_per_second"] > 0 and result["system"] == "minitune"
+        assert result["loss_tokens_per_second"] <= result["tokens_per_second"]
+        assert len(result["losses"]) == 5 and result["losses"][-1] == result["final_loss"]
+        assert result["step_seconds"]["least"] <= result["step_seconds"]["median"] <= result["step_seconds"]["most"]
+        assert result["recipe"]["method"] == result["method"] and result["planned_gb"] > 0
+        assert result["case"] in printed
+    again = [*common[:-1], "--only-rivals", "--cases", "qlora-fast"]  # nothing to measure, nothing lost
+    python(BENCHMARKS / "run.py", *again)
+    assert json.loads(out.read_text()) == results
+
+    profile = tmp_path / "profile.json"
+    recipe = tmp_path / "bench" / "lora-fast" / "recipe.toml"
+    python(BENCHMARKS / "profile_step.py", recipe, profile, "--random", "tiny")
+    parts = json.loads(profile.read_text())["parts"]
+    assert {"attention", "products with whole weights"} <= parts.keys() and all(ms >= 0 for ms in parts.values())
+
+
+def test_a_rival_gets_the_rows_that_minitune_trains_on(tmp_path: Path) -> None:
+    """Without the rivals' packages the measurement fails, and says so; what it was given is there to look at."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    out = tmp_path / "results.json"
+    common = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 4]
+    python(BENCHMARKS / "run.py", *common, "--cases", "lora-small", "--only-rivals", "--timeout", 60)
+    [result] = json.loads(out.read_text())
+    assert result["system"] == "unsloth" and "failed" in result
+    given = safetensors.load_file(result["recipe"]["batches"])
+    assert given["tokens"].shape == given["labels"].shape == given["positions"].shape == (16, 2048)
+    learned = given["labels"] != -100
+    assert (given["labels"][learned] == given["tokens"][learned]).all()  # at the token's own place
+    assert not learned[:, 0].any() and learned[:, 1:].all()
+    assert result["recipe"]["fill"] == 1.0 and result["recipe"]["loss_share"] == pytest.approx(2047 / 2048)
+
+
+def test_every_result_says_what_it_is_of() -> None:
+    for path in (BENCHMARKS / "results").glob("*.json"):
+        found = json.loads(path.read_text())
+        for result in found if isinstance(found, list) else []:
+            assert {"case", "system", "method", "versions", "command"} <= result.keys(), path.name
+            assert "failed" in result or {"tokens_per_second", "peak_allocated_gb", "final_loss"} <= result.keys()
