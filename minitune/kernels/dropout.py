@@ -1,9 +1,9 @@
 """Which inputs an adapter drops: a function of a seed and a place, so that no mask is ever kept.
 
 A number is drawn for each forward pass; whether element (row, column) is dropped follows from it by a hash, in the
-forward pass, in the backward pass and in a recomputed one alike, on any device and in blocks of any shape. A hash
-gives 32 bits, two masks of 16: adapters that share an input take turns, so their masks are independent of each
-other as if each had drawn its own.
+forward pass, in the backward pass and in a recomputed one alike, on any device and in blocks of any shape. Adapters
+that share an input have masks of their own: the first two come from one hash, folded once and twice, the third from
+another seed. What is kept is scaled up where the products end, not one by one.
 """
 
 from __future__ import annotations
@@ -38,12 +38,14 @@ class Dropout:
 
 
 def kept(drop: Dropout, which: int, rows: int, columns: int) -> Tensor:
-    """What multiplies the input (rows, columns) of adapter `which` among those that share it: 0 or the scale, fp32."""
+    """Whether each place of the input (rows, columns) of adapter `which`, among those that share it, is kept."""
     device = drop.seeds.device
     r = mixed((torch.arange(rows, device=device) * ROW & WORD) ^ drop.seeds[which // 2])
     c = mixed(torch.arange(columns, device=device) * COLUMN & WORD)
-    bits = mixed(r[:, None] ^ c) >> 16 * (which % 2) & 0xFFFF
-    return (bits >= drop.threshold).float() * drop.scale
+    bits = (r[:, None] ^ c) * FIRST & WORD
+    if which % 2:
+        bits = (bits ^ bits >> 15) * SECOND & WORD
+    return bits >> 16 >= drop.threshold
 
 
 def mixed(x: Tensor) -> Tensor:
@@ -73,7 +75,9 @@ def column_key_kernel(columns):
 
 
 @jit
-def kept_kernel(row_key, column_key, which, threshold):
+def kept_kernel(row_key, column_key, which: tl.constexpr, threshold):
     """Whether each place of a tile (rows, columns) is kept."""
-    bits = mixed_kernel(row_key[:, None] ^ column_key[None, :])
-    return ((bits >> (16 * (which % 2))) & 0xFFFF).to(tl.int32) >= threshold
+    bits = (row_key[:, None] ^ column_key[None, :]) * 0x7FEB352D
+    if which % 2 == 1:
+        bits = (bits ^ (bits >> 15)) * 0x846CA68B
+    return (bits >> 16).to(tl.int32) >= threshold

@@ -25,7 +25,7 @@ def down(x: Tensor, A: Tensor, scale: float, adapters: int = 1, drop: Dropout | 
     (N, C), r = x.shape, A.shape[0] // adapters
     rows = 64 if N > 8192 else 32 if N > 2048 else 16
     down_kernel[(blocks(N, rows),)](
-        x, A, drop.seeds, out, N, C, x.stride(0), scale, drop.threshold, drop.scale,
+        x, A, drop.seeds, out, N, C, x.stride(0), scale * drop.scale, drop.threshold,
         adapters, r, power_of_two(r, 16), rows, 128, num_warps=4, num_stages=4,
     )  # fmt: skip
     return out
@@ -62,16 +62,18 @@ def gradient(t: Tensor, x: Tensor, adapters: int = 1, drop: Dropout | None = Non
 
 
 def plain_down(x: Tensor, A: Tensor, scale: float, adapters: int, drop: Dropout) -> Tensor:
-    return scale * torch.cat([dropped(x, drop, i) @ a.T for i, a in enumerate(A.chunk(adapters))], dim=1)
+    parts = [dropped(x, drop, i) @ a.T for i, a in enumerate(A.chunk(adapters))]
+    return scale * drop.scale * torch.cat(parts, dim=1)
 
 
 def plain_up(t: Tensor, A: Tensor, adapters: int, drop: Dropout) -> Tensor:
     parts = zip(t.chunk(adapters, dim=1), A.chunk(adapters), strict=True)
-    return sum(dropped(ti @ a, drop, i) for i, (ti, a) in enumerate(parts))
+    return drop.scale * sum(dropped(ti @ a, drop, i) for i, (ti, a) in enumerate(parts))
 
 
 def plain_gradient(t: Tensor, x: Tensor, adapters: int, drop: Dropout) -> Tensor:
-    return torch.cat([product_fp32(ti.T, dropped(x, drop, i)) for i, ti in enumerate(t.chunk(adapters, dim=1))])
+    parts = [product_fp32(ti.T, dropped(x, drop, i)) for i, ti in enumerate(t.chunk(adapters, dim=1))]
+    return drop.scale * torch.cat(parts)
 
 
 def product_fp32(a: Tensor, b: Tensor) -> Tensor:
@@ -83,13 +85,13 @@ def product_fp32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dropped(x: Tensor, drop: Dropout | None, which: int) -> Tensor:
-    """x (N, C) as adapter `which` sees it; linear in x, so its gradient is the same function."""
-    return x if drop is None else (x * kept(drop, which, *x.shape)).to(x.dtype)
+    """x (N, C) as adapter `which` sees it, not scaled up; linear in x, so its gradient is the same function."""
+    return x if drop is None else x * kept(drop, which, *x.shape)
 
 
 @jit
 def down_kernel(
-    x, A, seeds, out, N, C, x_row, scale, threshold, keep_scale,
+    x, A, seeds, out, N, C, x_row, scale, threshold,
     n: tl.constexpr, R: tl.constexpr, RANKS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -106,17 +108,16 @@ def down_kernel(
         a_at = A + ranks[None, :] * C + columns[:, None]
         a_real = (ranks < R)[None, :] & (columns < C)[:, None]
         key = column_key_kernel(columns)
-        scaled = v.to(tl.float32) * keep_scale
         a = tl.load(a_at, mask=a_real, other=0.0)
-        w = tl.where(kept_kernel(key_a, key, 0, threshold), scaled, 0.0).to(v.dtype)
+        w = tl.where(kept_kernel(key_a, key, 0, threshold), v, 0.0)
         first = tl.dot(w, a, first, input_precision="ieee")
         if n > 1:
             a = tl.load(a_at + R * C, mask=a_real, other=0.0)
-            w = tl.where(kept_kernel(key_a, key, 1, threshold), scaled, 0.0).to(v.dtype)
+            w = tl.where(kept_kernel(key_a, key, 1, threshold), v, 0.0)
             second = tl.dot(w, a, second, input_precision="ieee")
         if n > 2:
             a = tl.load(a_at + 2 * R * C, mask=a_real, other=0.0)
-            w = tl.where(kept_kernel(key_b, key, 2, threshold), scaled, 0.0).to(v.dtype)
+            w = tl.where(kept_kernel(key_b, key, 2, threshold), v, 0.0)
             third = tl.dot(w, a, third, input_precision="ieee")
     at = out + rows.to(tl.int64)[:, None] * (n * R) + ranks[None, :]
     store = here & (ranks < R)[None, :]
@@ -166,22 +167,21 @@ def gradient_kernel(
         rows = start + tl.arange(0, ROWS)
         x_at = x + rows.to(tl.int64)[:, None] * x_row + columns[None, :]
         v = tl.load(x_at, mask=(rows < N)[:, None] & inside, other=0.0)
-        scaled = v.to(tl.float32) * keep_scale
         t_at = t + rows.to(tl.int64)[None, :] * (n * R) + ranks[:, None]
         t_real = (rows < N)[None, :] & (ranks < R)[:, None]
         key_a = row_key_kernel(seeds, 0, rows)
-        w = tl.where(kept_kernel(key_a, key, 0, threshold), scaled, 0.0).to(v.dtype)
+        w = tl.where(kept_kernel(key_a, key, 0, threshold), v, 0.0)
         first = tl.dot(tl.load(t_at, mask=t_real, other=0.0), w, first, input_precision="ieee")
         if n > 1:
-            w = tl.where(kept_kernel(key_a, key, 1, threshold), scaled, 0.0).to(v.dtype)
+            w = tl.where(kept_kernel(key_a, key, 1, threshold), v, 0.0)
             second = tl.dot(tl.load(t_at + R, mask=t_real, other=0.0), w, second, input_precision="ieee")
         if n > 2:
-            w = tl.where(kept_kernel(row_key_kernel(seeds, 2, rows), key, 2, threshold), scaled, 0.0).to(v.dtype)
+            w = tl.where(kept_kernel(row_key_kernel(seeds, 2, rows), key, 2, threshold), v, 0.0)
             third = tl.dot(tl.load(t_at + 2 * R, mask=t_real, other=0.0), w, third, input_precision="ieee")
     at = out + tl.program_id(1).to(tl.int64) * (n * R) * C + ranks[:, None] * C + columns[None, :]
     store = (ranks < R)[:, None] & inside
-    tl.store(at, first, mask=store)
+    tl.store(at, first * keep_scale, mask=store)
     if n > 1:
-        tl.store(at + R * C, second, mask=store)
+        tl.store(at + R * C, second * keep_scale, mask=store)
     if n > 2:
-        tl.store(at + 2 * R * C, third, mask=store)
+        tl.store(at + 2 * R * C, third * keep_scale, mask=store)

@@ -37,10 +37,10 @@ def swiglu(
     ha = None if A_down is None else h.new_empty(splits, N, r, dtype=torch.float32)
     swiglu_kernel[(blocks(N, ROWS), splits)](
         gate_up, xa, B, A_down, None if drop is None else drop.seeds, h, ha, N, width // 2, span,
-        0 if drop is None else drop.threshold, 1.0 if drop is None else drop.scale,
+        0 if drop is None else drop.threshold,
         r, power_of_two(r, 16), B is not None, A_down is not None, drop is not None, ROWS, COLUMNS, 3, num_warps=4,
     )  # fmt: skip
-    return h, None if ha is None else (scale * ha.sum(0)).to(h.dtype)
+    return h, None if ha is None else (ha.sum(0) * (scale if drop is None else scale * drop.scale)).to(h.dtype)
 
 
 def swiglu_backward(
@@ -103,14 +103,17 @@ def with_adapters(gate_up: Tensor, xa: Tensor | None, B: Tensor | None) -> tuple
 def plain_swiglu(gate_up, xa, B, A_down, scale, drop):
     gate, up = with_adapters(gate_up, xa, B)
     h = (F.silu(gate) * up).to(gate_up.dtype)
-    return h, None if A_down is None else scale * (dropped(h, drop, 0) @ A_down.T)
+    if A_down is None:
+        return h, None
+    return h, (scale if drop is None else scale * drop.scale) * (dropped(h, drop, 0) @ A_down.T)
 
 
 def plain_swiglu_backward(dh, t, gate_up, xa, B, A_down, scale, drop):
     gate, up = with_adapters(gate_up, xa, B)
     d = dh.to(gate.dtype)
     if A_down is not None:
-        d = d + dropped(t.to(d.dtype) @ A_down.to(d.dtype), drop, 0)
+        part = dropped(t.to(d.dtype) @ A_down.to(d.dtype), drop, 0)
+        d = d + (part if drop is None else drop.scale * part)
     share, silu = torch.sigmoid(gate), F.silu(gate)
     dgate, dup, h = d * up * share * (1 + gate * (1 - share)), d * silu, silu * up
     gate_up.copy_(torch.cat((dgate, dup), dim=1))
@@ -132,7 +135,7 @@ def load_up_kernel(B, columns, R: tl.constexpr, RANKS: tl.constexpr, width):
 
 @jit
 def swiglu_kernel(
-    gate_up, xa, B, A_down, seeds, h, ha, N, F, SPAN, threshold, keep_scale,
+    gate_up, xa, B, A_down, seeds, h, ha, N, F, SPAN, threshold,
     R: tl.constexpr, RANKS: tl.constexpr, ADAPTED: tl.constexpr, DOWN: tl.constexpr, DROP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -171,7 +174,7 @@ def swiglu_kernel(
             )
             if DROP:
                 keep = kept_kernel(row_key, column_key_kernel(columns), 0, threshold)
-                out = tl.where(keep, out.to(tl.float32) * keep_scale, 0.0).to(kind)
+                out = tl.where(keep, out, 0.0)
             below = tl.dot(out, a, below, input_precision="ieee")
     if DOWN:
         part = tl.program_id(1).to(tl.int64) * N

@@ -70,7 +70,7 @@ def test_dropped_inputs_are_the_plain_path_s(monkeypatch) -> None:
         where, which = place[self.short]
         drop = dropout.Dropout(seeds[2 * where : 2 * where + 2], round(0.3 * 65536))
         mask = dropout.kept(drop, which, x[..., 0].numel(), x.shape[-1]).view(x.shape)
-        inner = torch.nn.functional.linear((x * mask).to(x.dtype), self.lora_A.to(x.dtype))
+        inner = drop.scale * torch.nn.functional.linear(x * mask, self.lora_A.to(x.dtype))
         return self.base(x) + torch.nn.functional.linear(inner * self.scaling, self.lora_B.to(x.dtype))
 
     monkeypatch.setattr(lora.LoRALinear, "forward", forward)

@@ -155,7 +155,7 @@ def test_dropped_inputs_are_dropped_everywhere_alike(kernels: None, monkeypatch)
     def forward(self: LoRALinear, x: Tensor) -> Tensor:
         where, which = place[self.short]
         drop = Dropout(seeds[2 * where : 2 * where + 2], round(0.3 * 65536))
-        dropped = x * kept(drop, which, x[..., 0].numel(), x.shape[-1]).view(x.shape)
+        dropped = drop.scale * x * kept(drop, which, x[..., 0].numel(), x.shape[-1]).view(x.shape)
         return self.base(x) + self.scaling * F.linear(F.linear(dropped, self.lora_A), self.lora_B)
 
     written_out = llama("lora", dropout=0.3)
