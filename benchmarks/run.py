@@ -68,7 +68,7 @@ def main() -> None:
     ours: dict[str, dict[str, Any]] = {}
     if not options.only_rivals:
         ours = measure_ours(chosen, recipes, options)
-        results += ours.values()
+        results += [anywhere(found, options) for found in ours.values()]
         files.write_json(options.out, results)
     for case in chosen if not options.no_rivals else ():
         rivals = [
@@ -77,7 +77,7 @@ def main() -> None:
         dump = dump_batches(case, recipes[case["name"]]) if rivals else {}
         for rival in rivals:
             found = measure_rival(case, rival, dump, options)
-            results.append(found)
+            results.append(anywhere(found, options))
             files.write_json(options.out, results)
             report(found, ours.get(case["name"]))
 
@@ -267,6 +267,14 @@ def told(case: dict[str, Any], system: str, settings: Path) -> dict[str, Any]:
         "recipe": (json if settings.suffix == ".json" else tomllib).loads(settings.read_text()),
         "command": "python benchmarks/run.py " + shlex.join(sys.argv[1:]),
     }
+
+
+def anywhere(found: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """A result without the paths of this machine."""
+    text = json.dumps(found)
+    for name, path in (("OUT", options.out), ("FOLDER", options.folder), ("DATA", options.data)):
+        text = text.replace(json.dumps(str(path))[1:-1], name) if path else text
+    return json.loads(text)
 
 
 def with_share(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -35,13 +35,14 @@ class Case:
     name: str
     run: Callable[[Draw], tuple[Tensor | None, ...]]
     wrong: Callable[[Draw], tuple[Tensor | None, ...]]  # a plausible mistake, which must be noticed
+    slack: float = 0.0  # how far a GPU may be at least: where a last bit decides between neighbouring levels
 
 
 CASES: list[Case] = []
 
 
-def case(name: str, run: Callable[..., tuple], right: dict, wrong: dict) -> None:
-    CASES.append(Case(name, lambda draw: run(draw, **right), lambda draw: run(draw, **(right | wrong))))
+def case(name: str, run: Callable[..., tuple], right: dict, wrong: dict, slack: float = 0.0) -> None:
+    CASES.append(Case(name, lambda draw: run(draw, **right), lambda draw: run(draw, **(right | wrong)), slack))
 
 
 # ---- norms ----------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def run_adamw(draw, eight, rate, n=5000):
 
 
 for eight in (False, True):
-    case(f"adamw {eight=}", run_adamw, {"eight": eight, "rate": 1e-2}, {"rate": 2e-2})
+    case(f"adamw {eight=}", run_adamw, {"eight": eight, "rate": 1e-2}, {"rate": 4e-2}, slack=0.01 if eight else 0.0)
 
 assert four_bits  # its twin is bitsandbytes': tests/parity/test_nf4.py and tests/gpu compare every bit
 

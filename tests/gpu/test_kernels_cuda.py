@@ -21,7 +21,7 @@ def test_a_kernel_computes_what_its_twin_does(case: Case, monkeypatch: pytest.Mo
     wrong = case.wrong(Draw("cpu", torch.float64, torch.bfloat16))
     plain = case.run(Draw("cpu", torch.bfloat16, torch.bfloat16))
     ours = [case.run(Draw("cuda", torch.bfloat16, torch.bfloat16)) for _ in range(5)]
-    bound = max(2 * distance(plain, exact), 2**-8)
+    bound = max(2 * distance(plain, exact), 2**-8, case.slack)
     assert distance(ours[0], exact) < bound
     assert distance(wrong, exact) > 2 * bound
     for again in ours[1:]:

@@ -191,7 +191,7 @@ def test_an_update_below_half_a_step_of_bf16_is_not_lost() -> None:
     exact = gain(fresh(torch.float32))
     assert exact > 0
     assert gain(by_hand(fresh(torch.bfloat16))) == pytest.approx(exact, rel=0.25)
-    assert gain(fresh(torch.bfloat16)) < 0.75 * exact
+    assert gain(fresh(torch.bfloat16)) < 0.3 * exact
 
 
 # ---- what is done, and how often ------------------------------------------------------------------------------------
@@ -374,3 +374,22 @@ def replace_adapters(model: Llama, r: int) -> Llama:
     for adapter in adapters.adapters(model).values():
         adapter.lora_A = nn.Parameter(torch.zeros(r, adapter.in_features))
     return model
+
+
+def test_gradients_that_add_up_over_micro_batches_add_up_in_fp32() -> None:
+    """bf16 weights whose gradients are asked for in fp32: each product's is never rounded, nor is the sum."""
+    exact = llama("full")
+    with torch.no_grad():
+        for parameter in exact.parameters():
+            parameter.copy_(parameter.bfloat16())
+    model = by_hand(llama("full", dtype=torch.bfloat16))
+    for parameter in model.parameters():
+        parameter.grad_dtype = torch.float32
+    for each in (exact, model):
+        for seed in (1, 2):
+            (each(*batch(seed)) / 100).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), exact.parameters(), strict=True):
+        assert ours.grad.dtype == torch.float32, name
+        assert ((ours.grad - theirs.grad).norm() / theirs.grad.norm()).item() < 0.05, name  # of bf16 activations
+    down = model.layers[1].mlp.down_proj.weight.grad
+    assert (down != down.bfloat16().float()).float().mean() > 0.9

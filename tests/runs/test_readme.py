@@ -63,10 +63,22 @@ def test_the_file_tree_is_the_tree() -> None:
 def test_links_lead_somewhere_and_figures_are_the_results() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)
-    results = json.loads((ROOT / "benchmarks/results/H200-2026-11-23.json").read_text())
+    folder = ROOT / "benchmarks" / "results"
+    results = json.loads((folder / "H200-2026-11-24.json").read_text())
     measured = {(f"{r['tokens_per_second']:,.0f}", f"{r['peak_allocated_gb']:.1f}") for r in results}
-    rows = re.findall(r"\| ([\d,]+) \| ([\d.]+) \|$", README, re.MULTILINE)
-    assert len(rows) == 5 and set(rows) <= measured
+    rows = re.findall(r"\| ([\d,]+) \| ([\d.]+) \|[^|\n]*\|$", README, re.MULTILINE)
+    rows += re.findall(r"Unsloth ([\d,]+), ([\d.]+) GB", README)
+    assert len(rows) == 11 and set(rows) <= measured
+
+    paths = json.loads((folder / "H200-2026-11-24-attention.json").read_text())["paths"]
+    times = {f"{r['forward_ms']:.2f} + {r['backward_ms']:.2f}" for r in paths}
+    assert len(times) == 8 and set(re.findall(r"[\d.]+ \+ [\d.]+(?= \|)", README)) == times
+
+    parts = json.loads((folder / "H200-2026-11-24-profile.json").read_text())["profiles"]["lora-fast"]["parts_ms"]
+    told = re.search(r"step's (\d+) ms of GPU time went: (.*?) \(\[profile", README)
+    assert int(told.group(1)) == round(sum(parts.values()))
+    listed = [int(number) for number in re.findall(r"(\d+) (?=[a-zS])", told.group(2))]
+    assert listed[:-1] == [round(ms) for ms in parts.values()][: len(listed) - 1]
 
 
 @pytest.mark.slow
