@@ -1,0 +1,152 @@
+"""Ends a job in which one process hangs, and names it.
+
+A process that waits for another looks just like one that hangs. So each counts how far it has come (`beat`), a thread
+beside it writes the count down where all can see it, and every thread looks at all counts: when the lowest has not
+moved for too long, those who are behind are what the others wait for. A process that raises says so in the same place.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+PATIENT = -1  # in place of a count: it is at something that may take any time, or waits for one who is
+GRACE = 5.0  # seconds in which a job may end in order once it is known to have failed
+
+beats = 0  # how far this process has come
+patient = 0  # how many blocks of `patience` it is in
+
+
+def beat() -> None:
+    """One more place reached that all ranks reach. Costs nothing."""
+    global beats
+    beats += 1
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Within the block this process is not judged: it prepares, saves, or waits for one that does."""
+    global patient
+    patient += 1
+    try:
+        yield
+    finally:
+        patient -= 1
+
+
+@contextmanager
+def over(store: dist.Store, rank: int, world: int, timeout: float) -> Iterator["Watcher"]:
+    """Watch over this process and the others while the block runs."""
+    watcher = Watcher(store, rank, world, timeout)
+    watcher.thread.start()
+    try:
+        yield watcher
+        watcher.done()
+    finally:
+        watcher.over.set()
+        watcher.thread.join()
+
+
+class Watcher:
+    def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
+        self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
+        self.over = threading.Event()
+        self.thread = threading.Thread(target=self.watch, name="watch", daemon=True)
+        self.neighbours: dict[int, int] = {}  # ranks on this machine -> their process ids
+        self.counts, self.since = [PATIENT] * world, [time.monotonic()] * world
+        store.set(f"process/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
+
+    def watch(self) -> None:
+        while not self.over.wait(min(1.0, self.timeout / 20)):
+            try:
+                self.look()
+                failed = self.failure()
+            except dist.DistError:  # the store ends with the job, and then there is nothing to watch
+                return
+            if failed and not self.over.wait(GRACE):
+                os._exit(1)  # the main thread waits for an answer that will not come
+
+    def look(self) -> None:
+        """Tell the others how far this process has come, and see who has died or hangs."""
+        self.store.set(f"beats/{self.rank}", str(PATIENT if patient else beats))
+        for rank in range(self.world):
+            count = int(self.read(f"beats/{rank}") or PATIENT)
+            if count != self.counts[rank] or count == PATIENT:
+                self.counts[rank], self.since[rank] = count, time.monotonic()
+        if dead := self.dead():
+            self.blame(f"{named(dead)} died, as rank {self.rank} sees")
+        elif behind := self.behind():
+            reason = f"{named(behind)} did not move for {self.timeout:g} s (parallel.timeout_seconds)"
+            self.blame(f"{reason}, as rank {self.rank} sees")
+            for rank in behind:  # the launcher then sees who it was
+                if rank in self.neighbours:
+                    os.kill(self.neighbours[rank], signal.SIGKILL)
+
+    def behind(self) -> list[int]:
+        """Those with the lowest count, if they have not moved for too long."""
+        judged = [rank for rank in range(self.world) if self.counts[rank] != PATIENT]
+        lowest = min((self.counts[rank] for rank in judged), default=PATIENT)
+        behind = [rank for rank in judged if self.counts[rank] == lowest]
+        late = time.monotonic() - self.timeout
+        return behind if all(self.since[rank] < late for rank in behind) else []
+
+    def dead(self) -> list[int]:
+        """Those of this machine that are gone without having come to their end."""
+        if not self.neighbours:
+            known = [self.read(f"process/{rank}") for rank in range(self.world)]
+            if not all(known):
+                return []  # not all have started
+            places = dict(enumerate(map(json.loads, known)))
+            self.neighbours = {rank: pid for rank, (host, pid) in places.items() if host == socket.gethostname()}
+        gone = [rank for rank, pid in self.neighbours.items() if not alive(pid)]
+        return [rank for rank in gone if not self.read(f"done/{rank}")]
+
+    def done(self) -> None:
+        """This process has come to its end."""
+        self.store.set(f"done/{self.rank}", "yes")
+
+    def blame(self, reason: str) -> bool:
+        """Write down why the job fails, and say so, if nobody has yet; whether it is this reason that stands."""
+        stands = self.store.compare_set("failure", "", reason).decode() == reason
+        if stands:
+            print(f"failed: {reason}", file=sys.stderr, flush=True)
+        return stands
+
+    def failure(self) -> str:
+        return self.read("failure")
+
+    def read(self, key: str) -> str:
+        return self.store.get(key).decode() if self.store.check([key]) else ""
+
+    def explain(self, error: BaseException) -> None:
+        """Say which rank failed. One that only lost another says which one that was, once the launcher has had time
+        to see who was first."""
+        lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+        until = time.monotonic() + GRACE / 2
+        while lost and not self.failure() and time.monotonic() < until:
+            time.sleep(0.1)
+        lines = str(error).strip().splitlines()
+        if not self.blame(f"rank {self.rank}: {type(error).__name__}: {lines[0] if lines else ''}"):
+            print(f"rank {self.rank} ends because {self.failure()}", file=sys.stderr, flush=True)
+            time.sleep(GRACE / 2)
+
+
+def named(ranks: list[int]) -> str:
+    return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
