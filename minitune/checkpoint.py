@@ -29,10 +29,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitune import files, optim
+from minitune import files, optim, parallel
 from minitune.config import Config
 from minitune.data.stream import Stream
-from minitune.errors import UserError
+from minitune.errors import RunFailed, UserError
 from minitune.progress import Progress
 
 FILES = ("trained.safetensors", "optimizer.safetensors", "state.json")
@@ -78,7 +78,10 @@ def identity(cfg: Config, base: dict[str, str], digests: dict[str, str]) -> dict
     """What must be the same for a run to go on: recipe keys that change the result, digests of base and data."""
     unused = ("lora",) if cfg.method == "full" else ()
     drops = cfg.method != "full" and cfg.lora.dropout > 0
-    harmless = {*HARMLESS, *unused} - set(DRAWS if drops else ())
+    draws = set(DRAWS if drops else ())
+    if cfg.train.batch_size == 1:  # each row is then a micro-batch, whichever rank it falls to
+        draws.discard("train.gradient_accumulation_steps")
+    harmless = {*HARMLESS, *unused} - draws
     recipe = {}
     for name, value in asdict(cfg).items():
         keys = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -182,16 +185,28 @@ def resume(
     Raises:
         UserError: the checkpoint belongs to a run whose identity differs from `expected`.
     """
-    for path in reversed(checkpoints(run)):
+    progress: Progress | None = None
+
+    def newest() -> str | None:
+        nonlocal progress
+        for path in reversed(checkpoints(run)):
+            try:
+                progress = load(path, model, optimizer, stream, expected)
+            except (Damaged, RecursionError) as damage:  # JSON that somebody has nested too deeply
+                aside = set_aside(path)
+                say(f"checkpoint {path.name} is damaged ({damage}); set aside as {aside.name}")
+            else:
+                say(f"going on from {path.name}")
+                return path.name
+        return None
+
+    found = parallel.of_first(newest)
+    if found is not None and progress is None:  # the first process has found it
         try:
-            progress = load(path, model, optimizer, stream, expected)
-        except (Damaged, RecursionError) as damage:  # JSON that somebody has nested too deeply
-            aside = set_aside(path)
-            say(f"checkpoint {path.name} is damaged ({damage}); set aside as {aside.name}")
-        else:
-            say(f"going on from {path.name}")
-            return progress
-    return None
+            progress = load(run / "checkpoints" / found, model, optimizer, stream, expected)
+        except Damaged as damage:
+            raise RunFailed(f"{found} is whole to the first process, and to this one damaged ({damage})") from None
+    return progress
 
 
 def load(

@@ -38,8 +38,8 @@ def place() -> Place:
         return Place()
     if missing := [name for name in TORCHRUN if name not in said]:
         raise UserError(
-            f"the environment has {' and '.join(said)} but no {missing[0]}, so it is not torchrun's; start the run with "
-            "torchrun --nproc-per-node N scripts/train.py ..., or unset these to train in one process"
+            f"the environment has {' and '.join(said)} but no {missing[0]}, so it is not torchrun's; start the run "
+            "with torchrun --nproc-per-node N scripts/train.py ..., or unset these to train in one process"
         )
     try:
         rank, world, local_rank, local_world = (int(os.environ[name]) for name in TORCHRUN[:4])

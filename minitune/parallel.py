@@ -7,12 +7,13 @@ group exists. The first process alone writes files and speaks; `watch.py` ends a
 `sharding.py` spreads a model over their memory.
 """
 
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minitune import launch, watch
-from minitune.errors import Interrupted, RunFailed, UserError
+from minitune.errors import RunFailed, UserError
 from minitune.log import say
 
 BUCKET = 2**25  # numbers that are summed over the ranks at once
@@ -58,13 +59,8 @@ def processes(deterministic: bool, timeout_seconds: float) -> Iterator[torch.dev
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # The watch speaks first and names who hangs; the backend's own limit is there if it cannot.
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds + 10))
-    with quiet_unless_first(), watch.over(store(), rank(), place.world, timeout_seconds) as watcher:
-        try:
-            yield device
-        except BaseException as error:
-            if not isinstance(error, UserError | Interrupted):  # these are raised on all ranks alike
-                watcher.explain(error)
-            raise
+    with quiet_unless_first(), watch.over(store(), rank(), place.world, timeout_seconds):
+        yield device
     if started_here:
         dist.destroy_process_group()
 
@@ -117,8 +113,13 @@ def each(number: int) -> list[int]:
         return [number]
     numbers = [torch.empty(1, dtype=torch.int64) for _ in range(world())]
     watch.beat()
-    dist.all_gather(numbers, torch.tensor([number]))
+    dist.all_gather(numbers, torch.tensor([int(number)]))
     return [int(n) for n in numbers]
+
+
+def highest(number: int) -> int:
+    """The largest of a whole number over all ranks."""
+    return max(each(number))
 
 
 def turn(number: int) -> int:
@@ -126,7 +127,7 @@ def turn(number: int) -> int:
     return number * world() + rank()
 
 
-asked = 0  # how often the first process has been asked; the same on all ranks
+questions = itertools.count()  # that the processes have told each other the answer to; the same on all ranks
 
 
 def of_first(make: Callable[[], Any]) -> Any:
@@ -134,32 +135,73 @@ def of_first(make: Callable[[], Any]) -> Any:
 
     A UserError or RunFailed that it raises there is raised on all.
     """
-    if world() == 1:
-        return make()
-    global asked
-    asked += 1
-    key = f"first/{asked}"
+    return make() if world() == 1 else of_some(make, rank(), [0])
+
+
+def of_some(make: Callable[[], Any], mine: int, makers: list[int]) -> Any:
+    """`make()` on the ranks `makers`, while the others wait; what it returns on the first of them, on all.
+
+    It is rank `mine` that asks.
+    """
+    asked = next(questions)
     with watch.patience():
-        if is_first():
-            kind, value = "value", None
+        if mine in makers:
+            kind, value = "", None
             try:
                 value = make()
             except (UserError, RunFailed) as error:
                 kind, value = type(error).__name__, str(error)
-            store().set(key, json.dumps([kind, value]))
-            if kind == "value":
-                return json.loads(json.dumps(value))
-        while not store().check([key]):
+            store().set(f"told/{asked}/{mine}", json.dumps([kind, value]))
+        keys = [f"told/{asked}/{maker}" for maker in makers]
+        while not store().check(keys):
             time.sleep(POLL)
-        kind, value = json.loads(store().get(key))
-    if kind != "value":
-        raise {"UserError": UserError, "RunFailed": RunFailed}[kind](value)
-    return value
+        told = [json.loads(store().get(key)) for key in keys]
+    for kind, value in told:
+        if kind:
+            raise {"UserError": UserError, "RunFailed": RunFailed}[kind](value)
+    return told[0][1]
 
 
 def on_first(do: Callable[[], Any]) -> None:
     """Let the first process do something while the others wait, such as write a file that all will read."""
-    of_first(lambda: do() and None)
+    of_first(lambda: (do(), None)[1])
+
+
+def first_in(enter: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+    """A context that the first process alone is in; what goes wrong on the way in is raised on all."""
+    stack = ExitStack()
+    on_first(lambda: stack.enter_context(enter()))
+    return stack
+
+
+def by_first(items: Iterator[Any], write: Callable[[Iterator[Any]], None]) -> None:
+    """Let the first process write items that all make together, such as whole tensors of their parts."""
+    with watch.patience():
+        if is_first():
+            write(items)
+        else:
+            for _ in items:
+                pass
+    on_first(lambda: None)  # nobody goes on before it is written
+
+
+def machine_first(make: Callable[[], Any]) -> Any:
+    """What `make()` returns, on each machine made by one process before the others, which then find on its disk what
+    that one left there: a download, tokenised data."""
+    if world() == 1:
+        return make()
+    made = []
+    first_here = launch.place().local_rank == 0
+    leads = [r for r, first in enumerate(each(first_here)) if first]
+    for makers in (leads, [r for r in range(world()) if r not in leads]):
+        of_some(lambda: made.append(make()), rank(), makers)
+    return made[0]
+
+
+def check_same(what: str, digest: str) -> None:
+    """Refuse a run whose processes see different things."""
+    if total(digest != of_first(lambda: digest)):
+        raise UserError(f"{what} are not the same on all machines; give them the same files")
 
 
 def sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None) -> None:
@@ -173,6 +215,11 @@ def sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None
         dist.all_reduce(flat, group=group)
         parts = flat.split([t.numel() for t in some])
         torch._foreach_copy_(some, [part.view_as(t) for part, t in zip(parts, some, strict=True)])
+
+
+def sum_gradients(model: nn.Module, loss: Tensor) -> None:
+    """Make of each rank's part of the gradients, and of the loss, the sum of all ranks', in place."""
+    sum_over_ranks([*(p.grad for p in model.parameters() if p.grad is not None), loss])
 
 
 def in_buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -5,6 +5,7 @@ beside it writes the count down where all can see it, and every thread looks at 
 moved for too long, those who are behind are what the others wait for. A process that raises says so in the same place.
 """
 
+import hashlib
 import json
 import os
 import signal
@@ -14,44 +15,62 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch.distributed as dist
+
+from minitune.errors import Interrupted, RunFailed, UserError
 
 PATIENT = -1  # in place of a count: it is at something that may take any time, or waits for one who is
 GRACE = 5.0  # seconds in which a job may end in order once it is known to have failed
 
-beats = 0  # how far this process has come
-patient = 0  # how many blocks of `patience` it is in
+
+@dataclass
+class Pulse:
+    """How far this process has come."""
+
+    beats: int = 0
+    patient: int = 0  # how many blocks of `patience` it is in
+
+
+pulse = Pulse()
 
 
 def beat() -> None:
     """One more place reached that all ranks reach. Costs nothing."""
-    global beats
-    beats += 1
+    pulse.beats += 1
 
 
 @contextmanager
 def patience() -> Iterator[None]:
     """Within the block this process is not judged: it prepares, saves, or waits for one that does."""
-    global patient
-    patient += 1
+    pulse.patient += 1
     try:
         yield
     finally:
-        patient -= 1
+        pulse.patient -= 1
+        pulse.beats += 1
 
 
 @contextmanager
-def over(store: dist.Store, rank: int, world: int, timeout: float) -> Iterator["Watcher"]:
-    """Watch over this process and the others while the block runs."""
+def over(store: dist.Store, rank: int, world: int, timeout: float) -> Iterator[None]:
+    """Watch over this process and the others while the block runs. What it raises is said once, with the rank whose
+    fault it is."""
     watcher = Watcher(store, rank, world, timeout)
     watcher.thread.start()
     try:
-        yield watcher
-        watcher.done()
-    finally:
-        watcher.over.set()
-        watcher.thread.join()
+        yield
+    except (UserError, Interrupted) as error:  # raised on all alike
+        error.said = not watcher.is_first_to_say(str(error))
+        watcher.stop()
+        raise
+    except BaseException as error:  # the watch goes on: it ends this process if that cannot end by itself
+        if watcher.is_to_blame(error):
+            error.said = isinstance(error, RunFailed)
+            raise
+        other = RunFailed(f"rank {rank} ends because {watcher.failure()}")
+        raise other from None
+    watcher.stop()
 
 
 class Watcher:
@@ -75,7 +94,7 @@ class Watcher:
 
     def look(self) -> None:
         """Tell the others how far this process has come, and see who has died or hangs."""
-        self.store.set(f"beats/{self.rank}", str(PATIENT if patient else beats))
+        self.store.set(f"beats/{self.rank}", str(PATIENT if pulse.patient else pulse.beats))
         for rank in range(self.world):
             count = int(self.read(f"beats/{rank}") or PATIENT)
             if count != self.counts[rank] or count == PATIENT:
@@ -108,9 +127,15 @@ class Watcher:
         gone = [rank for rank, pid in self.neighbours.items() if not alive(pid)]
         return [rank for rank in gone if not self.read(f"done/{rank}")]
 
-    def done(self) -> None:
+    def stop(self) -> None:
         """This process has come to its end."""
+        self.over.set()
+        self.thread.join()
         self.store.set(f"done/{self.rank}", "yes")
+        until = time.monotonic() + GRACE
+        everyone = [f"done/{rank}" for rank in range(self.world)]
+        while self.rank == 0 and not self.store.check(everyone) and time.monotonic() < until:
+            time.sleep(0.02)  # where no launcher holds the store, it ends with the first process
 
     def blame(self, reason: str) -> bool:
         """Write down why the job fails, and say so, if nobody has yet; whether it is this reason that stands."""
@@ -125,17 +150,22 @@ class Watcher:
     def read(self, key: str) -> str:
         return self.store.get(key).decode() if self.store.check([key]) else ""
 
-    def explain(self, error: BaseException) -> None:
-        """Say which rank failed. One that only lost another says which one that was, once the launcher has had time
-        to see who was first."""
+    def is_first_to_say(self, message: str) -> bool:
+        digest = hashlib.sha256(message.encode()).hexdigest()
+        return self.store.add(f"said/{digest}", 1) == 1
+
+    def is_to_blame(self, error: BaseException) -> bool:
+        """Whether the job ends because of this error, which is then said; not one that only lost another process.
+        That one gives the launcher time to see who was first."""
         lost = isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
         until = time.monotonic() + GRACE / 2
         while lost and not self.failure() and time.monotonic() < until:
             time.sleep(0.1)
-        lines = str(error).strip().splitlines()
-        if not self.blame(f"rank {self.rank}: {type(error).__name__}: {lines[0] if lines else ''}"):
-            print(f"rank {self.rank} ends because {self.failure()}", file=sys.stderr, flush=True)
-            time.sleep(GRACE / 2)
+        kind = "" if isinstance(error, RunFailed) else f"{type(error).__name__}: "
+        if self.blame(f"rank {self.rank}: {kind}{error}"):
+            return True
+        time.sleep(GRACE / 2)
+        return False
 
 
 def named(ranks: list[int]) -> str:
