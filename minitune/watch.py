@@ -65,11 +65,14 @@ def over(store: dist.Store, rank: int, world: int, timeout: float) -> Iterator[N
         watcher.stop()
         raise
     except BaseException as error:  # the watch goes on: it ends this process if that cannot end by itself
-        if watcher.is_to_blame(error):
-            error.said = isinstance(error, RunFailed)
-            raise
-        other = RunFailed(f"rank {rank} ends because {watcher.failure()}")
-        raise other from None
+        try:
+            if watcher.is_to_blame(error):
+                error.said = isinstance(error, RunFailed)
+                raise
+            why = watcher.failure()
+        except dist.DistError:
+            why = "the process that holds the job together died"
+        raise RunFailed(f"rank {rank} ends because {why}") from None
     watcher.stop()
 
 
@@ -79,26 +82,34 @@ class Watcher:
         self.over = threading.Event()
         self.thread = threading.Thread(target=self.watch, name="watch", daemon=True)
         self.neighbours: dict[int, int] = {}  # ranks on this machine -> their process ids
-        self.counts, self.since = [PATIENT] * world, [time.monotonic()] * world
+        self.every = min(1.0, timeout / 20)  # seconds between two looks
+        self.looks = 0
+        now = time.monotonic()
+        self.heard, self.heard_at = [""] * world, [now] * world  # what each rank last said, and when that was new
+        self.counts, self.moved_at = [PATIENT] * world, [now] * world
         store.set(f"process/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
 
     def watch(self) -> None:
-        while not self.over.wait(min(1.0, self.timeout / 20)):
+        while not self.over.wait(self.every):
             try:
                 self.look()
                 failed = self.failure()
-            except dist.DistError:  # the store ends with the job, and then there is nothing to watch
-                return
+            except dist.DistError:
+                failed = "the process that holds the job together died"
             if failed and not self.over.wait(GRACE):
                 os._exit(1)  # the main thread waits for an answer that will not come
 
     def look(self) -> None:
         """Tell the others how far this process has come, and see who has died or hangs."""
-        self.store.set(f"beats/{self.rank}", str(PATIENT if pulse.patient else pulse.beats))
+        self.looks += 1
+        self.store.set(f"beats/{self.rank}", f"{self.looks} {PATIENT if pulse.patient else pulse.beats}")
         for rank in range(self.world):
-            count = int(self.read(f"beats/{rank}") or PATIENT)
+            said, now = self.read(f"beats/{rank}"), time.monotonic()
+            if said != self.heard[rank]:
+                self.heard[rank], self.heard_at[rank] = said, now
+            count = int(said.split()[1]) if said else PATIENT
             if count != self.counts[rank] or count == PATIENT:
-                self.counts[rank], self.since[rank] = count, time.monotonic()
+                self.counts[rank], self.moved_at[rank] = count, now
         if dead := self.dead():
             self.blame(f"{named(dead)} died, as rank {self.rank} sees")
         elif behind := self.behind():
@@ -109,12 +120,17 @@ class Watcher:
                     os.kill(self.neighbours[rank], signal.SIGKILL)
 
     def behind(self) -> list[int]:
-        """Those with the lowest count, if they have not moved for too long."""
+        """Those that have said nothing for too long; or, of ranks that all say how far they are, those with the lowest
+        count, if they have not moved for too long."""
+        now = time.monotonic()
+        if frozen := [rank for rank in range(self.world) if now - self.heard_at[rank] > self.timeout]:
+            return frozen
+        if any(now - heard_at > 5 * self.every for heard_at in self.heard_at):
+            return []
         judged = [rank for rank in range(self.world) if self.counts[rank] != PATIENT]
         lowest = min((self.counts[rank] for rank in judged), default=PATIENT)
         behind = [rank for rank in judged if self.counts[rank] == lowest]
-        late = time.monotonic() - self.timeout
-        return behind if all(self.since[rank] < late for rank in behind) else []
+        return behind if all(now - self.moved_at[rank] > self.timeout for rank in behind) else []
 
     def dead(self) -> list[int]:
         """Those of this machine that are gone without having come to their end."""

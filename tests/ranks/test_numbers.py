@@ -28,7 +28,7 @@ def assert_same(run: Path, other: Path) -> None:
     weights = made(other)
     assert made(run).keys() == weights.keys()
     for name, weight in made(run).items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda m: f"{name}: {m}")
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=f"{name} differs")
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
