@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from minitune import adapters, attention, byhand, nf4, parallel, plan, pretrained
+from minitune import adapters, attention, byhand, nf4, parallel, plan, pretrained, sharding
 from minitune.byhand import Keep
 from minitune.config import Config
 from minitune.kernels import launch
@@ -52,9 +52,13 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
         how = f"{'compiled' if compiled else 'plain'} blocks ({slow})" if slow else "plain blocks"
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    if cfg.method == "full" and cfg.train.gradient_accumulation_steps > 1:
+    if cfg.method == "full" and cfg.train.gradient_accumulation_steps * parallel.world() > 1:
         for parameter in trained:
             parameter.grad_dtype = torch.float32  # a sum over micro-batches; of one alone bf16 keeps what bf16 made
+    if parallel.world() > 1:
+        how += f", {parallel.world()} processes, {cfg.parallel.sharding}"
+        if cfg.parallel.sharding in ("full", "hybrid"):
+            sharding.shard(model, cfg.parallel.sharding, device)
     parts = [
         f"{sum(p.numel() for p in trained):,} parameters train",
         f"{cfg.model.dtype} on {device.type}",
@@ -82,7 +86,9 @@ def fill(model: Llama, cfg: Config, base: Path, device: torch.device) -> None:
     parallel.materialize((module for module in model.modules() if id(module) not in inside), device)
     for layer, modules in zip(model.layers, blocks, strict=True):
         parallel.materialize(modules, device)
-        if cfg.method != "qlora":
+        if cfg.method != "qlora" and not sharding.is_sharded(model):
             byhand.lay_side_by_side(layer)  # at once: what it frees serves the next block
     pretrained.load_base(model, base)  # stream the shards, quantizing as they come
     adapters.reset(model, cfg.seed)  # the same start wherever it runs
+    if sharding.is_sharded(model):
+        sharding.check(model, device)  # what is gathered is what was read

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitune import files, optim, parallel
+from minitune import files, optim, parallel, sharding
 from minitune.config import Config
 from minitune.data.stream import Stream
 from minitune.errors import RunFailed, UserError
@@ -135,12 +135,14 @@ def snapshot(
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # paged moments are the host's memory too
     state = {"step": progress.step, "optimizer": numbers, "identity": run_is, "progress": asdict(progress)}
-    return Snapshot(progress.step, copied(optim.trained_parameters(model)), copied(tensors), state)
+    return Snapshot(progress.step, copied(model, optim.trained_parameters(model)), copied(model, tensors), state)
 
 
 @torch.no_grad()
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def copied(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole copies in the host memory of the first process; on the others nothing stays."""
+    wholes = sharding.wholes(model, tensors)
+    return {name: tensor.to("cpu", copy=True) for name, tensor in wholes if parallel.is_first()}
 
 
 def write(run: Path, snapshot: Snapshot) -> Path:
@@ -226,7 +228,7 @@ def load(
     if progress.stream != stream.state_at(progress.step):
         raise Damaged("its place in the data is not that of its step")
     trained = read_trained(path, model)
-    moments, numbers = read_tensors(path / "optimizer.safetensors"), state["optimizer"]
+    moments, numbers = read_tensors(path / "optimizer.safetensors", model), state["optimizer"]
     check_numbers(moments)
     counted = {progress.applied} if progress.applied else optim.updates(moments, numbers) & {0}
     if optim.updates(moments, numbers) != counted:
@@ -249,7 +251,7 @@ def load_trained(path: Path, model: nn.Module) -> None:
 
 def read_trained(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint, which fit the model."""
-    saved = read_tensors(path / "trained.safetensors")
+    saved = read_tensors(path / "trained.safetensors", model)
     trained = optim.trained_parameters(model)
     if saved.keys() != trained.keys():
         raise Damaged(f"it trains other parameters: {', '.join(sorted(saved.keys() ^ trained.keys())[:5])}")
@@ -311,9 +313,10 @@ def is_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(type(x) is int and 0 <= x < 2**53 for x in value.values())
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a file; of those that are spread over ranks, the rows that are here."""
     try:
-        return load_file(path)
+        return sharding.parts(model, load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from None
 

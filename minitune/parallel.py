@@ -217,11 +217,6 @@ def sum_over_ranks(tensors: list[Tensor], group: dist.ProcessGroup | None = None
         torch._foreach_copy_(some, [part.view_as(t) for part, t in zip(parts, some, strict=True)])
 
 
-def sum_gradients(model: nn.Module, loss: Tensor) -> None:
-    """Make of each rank's part of the gradients, and of the loss, the sum of all ranks', in place."""
-    sum_over_ranks([*(p.grad for p in model.parameters() if p.grad is not None), loss])
-
-
 def in_buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     bucket: list[Tensor] = []
     for tensor in tensors:

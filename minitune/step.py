@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitune import generate, optim, parallel, seeds
+from minitune import generate, optim, parallel, seeds, sharding
 from minitune.config import Config
 from minitune.data.packing import Batch, Corpus
 from minitune.data.stream import eval_batches
@@ -28,9 +28,10 @@ def take_step(
         torch.manual_seed(seeds.derive(cfg.seed, "dropout", step, parallel.turn(number)))
         total = model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)  # summed
         (total / loss_tokens).backward()
+        sharding.collect_gradients(model)
         loss += total.detach() / loss_tokens
 
-    parallel.sum_gradients(model, loss)
+    parallel.sum_over_ranks([*sharding.whole_gradients(model), loss])
     norm, finite = optim.update(model, optimizer, cfg.optim.max_grad_norm, loss)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, finite

@@ -119,7 +119,7 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     cfg, folder, data = task.cfg, task.folder, task.data
     parallel.on_first(lambda: [files.sweep(half_made) for half_made in (folder, folder / "checkpoints")])
     model, made_of = build.compose(cfg, task.base, task.device)
-    if cfg.parallel.sharding in ("full", "hybrid"):
+    if parallel.world() == 1 and cfg.parallel.sharding in ("full", "hybrid"):
         made_of += f" (one process: parallel.sharding = '{cfg.parallel.sharding}' has nothing to shard)"
     say(first_line(task, made_of))
     for warning in data.warnings:

@@ -31,17 +31,24 @@ def assert_same(run: Path, other: Path) -> None:
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=f"{name} differs")
 
 
+@pytest.mark.parametrize("sharding", ["replicate", "full", "hybrid"])
 @pytest.mark.parametrize("method", ["lora", "qlora", "full"])
-def test_ranks_change_nothing(method: str, launch: Launch, recipe: Path, tmp_path: Path) -> None:
+def test_ranks_change_nothing(method: str, sharding: str, launch: Launch, recipe: Path, tmp_path: Path) -> None:
     arguments = [str(recipe), f"method={method}", "eval.samples=2", "eval.sample_tokens=4"]
     if method == "full":
         arguments += ["optim.learning_rate=1e-3"]
     alone = launch(1, jobs.train, [*arguments, f"out={tmp_path / 'alone'}"])
     assert alone.codes == [0], alone.logs
-    splits = SPLITS if method == "lora" else {"two ranks": SPLITS["two ranks"]}
-    for name, split in splits.items():
-        out = tmp_path / name.replace(" ", "-")
-        ended = launch(split[0], jobs.train, [*arguments, *over(split), f"out={out}"])
+    names = {
+        "replicate": SPLITS if method == "lora" else ["two ranks"],
+        "full": ["two ranks", "four ranks"],
+        "hybrid": ["four ranks"],
+    }[sharding]
+    arguments += [f"parallel.sharding={sharding}", "train.gradient_checkpointing=full"]
+    for name in names:
+        split, out = SPLITS[name], tmp_path / name.replace(" ", "-")
+        machines = 2 if sharding == "hybrid" else 1
+        ended = launch(split[0], jobs.train, [*arguments, *over(split), f"out={out}"], machines=machines)
         assert ended.codes == [0] * split[0], "\n".join(ended.logs)
         assert_same(tmp_path / "alone", out)
         assert "all steps done" in ended.logs[0] and not ended.logs[1]  # the first alone speaks
