@@ -200,14 +200,19 @@ def load_base(model: nn.Module, folder: Path) -> None:
         names = [name for name in shards.names() if name in leaves]
         for name in tqdm(names, desc="loading the base", unit=" tensors", disable=None, leave=False):
             module, attribute = leaves[name]
-            if isinstance(module, NF4Linear) and attribute == "weight":
-                if sharding.is_spread(module.packed):
-                    sharding.quantize_rows(module, shards.rows(name, sharding.own_rows(module.packed)))
+            four_bits = isinstance(module, NF4Linear) and attribute == "weight"
+            storage = module.packed if four_bits else getattr(module, attribute)
+            if sharding.is_spread(storage):
+                rows = shards.rows(name, sharding.own_rows(storage))
+                if four_bits:
+                    sharding.quantize_rows(module, rows)
                 else:
-                    module.quantize(shards.tensor(name))
+                    sharding.put_rows(storage, rows)
+            elif four_bits:
+                module.quantize(shards.tensor(name))
             else:
-                parameter = getattr(module, attribute)
-                sharding.put_rows(parameter, shards.rows(name, sharding.own_rows(parameter)))
+                with torch.no_grad():
+                    storage.copy_(shards.tensor(name))
 
 
 def base_leaves(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

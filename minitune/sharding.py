@@ -24,7 +24,7 @@ from minitune import launch, nf4, parallel, watch
 from minitune.errors import RunFailed, UserError
 from minitune.nf4 import NF4Linear
 
-PIECE = 2**24  # bytes that are digested at once
+PIECE = 2**18  # numbers that are digested at once
 
 
 # ---- spreading -----------------------------------------------------------------------------------------------------
@@ -293,14 +293,17 @@ def sum_of(places: list[tuple[nn.Module, str]]) -> Tensor:
     """A digest of parameters, int64 on their device: of the rows that are here, such that those of all ranks add up to
     that of the whole."""
     total = 0
-    for number, (module, name) in enumerate(places):
+    for which, (module, name) in enumerate(places):
         parameter = getattr(module, name)
         a_row = parameter.numel() // parameter.shape[0] * parameter.itemsize  # bytes
         data = local(parameter).contiguous().view(-1).view(torch.uint8)
-        start = own_rows(parameter).start * a_row
-        for at in range(0, len(data), PIECE):
-            piece = data[at : at + PIECE].to(torch.int64)
-            place = torch.arange(start + at, start + at + len(piece), device=piece.device)
-            weight = (place + (number << 40)) * 0x1E3779B97F4A7C15  # modulo 2^64
-            total = total + ((weight ^ (weight >> 29)) * (piece + 1)).sum()
+        word = 8 if a_row % 8 == 0 else 1
+        data = data if data.data_ptr() % word == 0 else data.clone()
+        start = own_rows(parameter).start * a_row // word
+        for number, piece in enumerate(data.view(torch.int64 if word == 8 else torch.uint8).split(PIECE)):
+            first = start + number * PIECE
+            weight = torch.arange(first, first + len(piece), device=piece.device)
+            weight.add_(which << 40).mul_(0x1E3779B97F4A7C15)  # modulo 2^64, as all that follows
+            weight.bitwise_xor_(weight >> 29).bitwise_or_(1)
+            total = total + weight.mul_(piece).sum()
     return total if isinstance(total, Tensor) else torch.zeros((), dtype=torch.int64)

@@ -72,29 +72,48 @@ def launch(forks: Any, tmp_path: Path) -> Launch:
             process.join()
 
 
+MakeBase = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama of three layers under the built-in tokenizer; no width is a multiple of its number of ranks twice
-    over."""
-    folder = tmp_path_factory.mktemp("base")
-    like = folder / "like"
-    shutil.copytree(TINY, like)
-    config = json.loads((TINY / "config.json").read_text())
-    config |= {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3, "head_dim": 10}
-    config |= {"num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    config |= {"hidden_size": 64, "head_dim": 32}  # attention's output, 192 wide, is a multiple of 64 too
-    (like / "config.json").write_text(json.dumps(config))
-    with torch.device("meta"):
-        model = Llama(read_config(like))
-    draw = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.rand(p.shape, generator=draw) + 0.5
-        if name.endswith("norm.weight")
-        else torch.randn(p.shape, generator=draw) * 0.08
-        for name, p in model.named_parameters()
-    }
-    shards.save(folder / "model", tensors.items(), like=like)
-    return folder / "model"
+def make_base(tmp_path_factory: pytest.TempPathFactory) -> MakeBase:
+    """make_base(key of config.json=value, ...) -> the folder of a random Llama under the built-in tokenizer."""
+
+    def make(**changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("base")
+        like = folder / "like"
+        shutil.copytree(TINY, like)
+        config = json.loads((TINY / "config.json").read_text())
+        (like / "config.json").write_text(json.dumps(config | changes))
+        with torch.device("meta"):
+            model = Llama(read_config(like))
+        draw = torch.Generator().manual_seed(0)
+        tensors = {
+            name: torch.rand(p.shape, generator=draw) + 0.5
+            if name.endswith("norm.weight")
+            else torch.randn(p.shape, generator=draw) * 0.08
+            for name, p in model.named_parameters()
+        }
+        shards.save(folder / "model", tensors.items(), like=like)
+        return folder / "model"
+
+    return make
+
+
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.fixture(scope="session")
+def base(make_base: MakeBase) -> Path:
+    return make_base(**SMALL)
 
 
 @pytest.fixture(scope="session")

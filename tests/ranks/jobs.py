@@ -1,15 +1,20 @@
 """What the processes of a job do. Imported by each of them, so neither transformers nor peft nor pytest is here."""
 
+import ctypes
 import faulthandler
+import json
 import os
 import signal
 import sys
+import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from minitune import errors
+from minitune import build, errors, parallel, pretrained, sharding
 from minitune import train as training
 from minitune.config import load_config
 
@@ -58,3 +63,80 @@ def befall(rank: int, step: int, what: str) -> None:
         return take_step(model, optimizer, batches, cfg, number)
 
     training.take_step = troubled
+
+
+def train_by_hand(arguments: list[str]) -> None:
+    """A run whose blocks run by hand, as on CUDA; here on the kernels' plain twins."""
+    build.why_not_by_hand = lambda *_: None
+    train(arguments)
+
+
+def four_bits(arguments: list[str]) -> None:
+    """What ranks hold of a four-bit base, and gather of it, is byte for byte what one process makes of it."""
+    cfg = load_config(arguments)
+    base = pretrained.find(cfg.model.path)
+    with parallel.processes(False, 30) as device:
+        alone = build.build_model(replace(cfg, parallel=replace(cfg.parallel, sharding="replicate")), base, device)
+        spread = build.build_model(cfg, base, device)
+        linear = spread.layers[0].mlp.gate_proj.base
+        assert sharding.is_spread(linear.packed) and len(sharding.local(linear.packed)) < len(linear.packed)
+        names = [name for name, _ in alone.named_parameters()]
+        for name in names:
+            ours, theirs = sharding.whole(spread.get_parameter(name)), alone.get_parameter(name)
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+        patterns = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(linear.packed.shape)
+        sharding.local(linear.packed).copy_(patterns[sharding.own_rows(linear.packed)])
+        seen = []
+        spread.layers[0].register_forward_pre_hook(lambda *_: seen.append(linear.packed.clone()))
+        with torch.no_grad():
+            spread(torch.zeros(1, 3, dtype=torch.int64))
+        assert torch.equal(seen[0], patterns)
+        sharding.check(spread, device)
+
+
+def one_wrong_byte(arguments: list[str]) -> None:
+    """One byte that one rank gathers is not the one that was sent."""
+    cfg = load_config(arguments)
+
+    def flip(block: Any, *_: object) -> None:
+        if parallel.rank() == 1:
+            block.mlp.up_proj.base.packed[100, 7] ^= 1
+
+    def run(_: list[str]) -> None:
+        with parallel.processes(False, 30) as device:
+            model = build.build_model(cfg, pretrained.find(cfg.model.path), device)
+            model.layers[0].register_forward_pre_hook(flip)
+            sharding.check(model, device)
+
+    errors.run(run)
+
+
+def memory(arguments: list[str], out: str) -> None:
+    """How much host memory building a model took at its peak, in bytes, and how much its base is."""
+    cfg, small = load_config(arguments), load_config(arguments[:1] + arguments[2:])
+    ctypes.CDLL(None).mallopt(-3, 2**16)  # M_MMAP_THRESHOLD: what is freed is given back, and counts no more
+    with parallel.processes(False, 30) as device:
+        base = pretrained.find(cfg.model.path)
+        build.build_model(small, pretrained.find(small.model.path), device)  # what is imported for the first time
+        before, most = resident(), 0
+        done = threading.Event()
+
+        def sample() -> None:
+            nonlocal most
+            while not done.wait(0.002):
+                most = max(most, resident())
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        model = build.build_model(cfg, base, device)
+        done.set()
+        sampler.join()
+        whole = sum(p.numel() * p.itemsize for p in model.parameters())
+        Path(f"{out}-{parallel.rank()}").write_text(json.dumps([most - before, whole]))
+
+
+def resident() -> int:
+    """Bytes of this process' own memory; pages of files, which the system takes back when it wants, do not count."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
