@@ -290,8 +290,9 @@ def memory_gb(device: torch.device) -> float:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a GPU has left for this process; on a CPU, what the machine has in all."""
+    """Bytes that a GPU has left for this process; on a CPU, this process' share of what the machine has in all."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = launch.place().local_world if world() > 1 else 1
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here

@@ -62,11 +62,21 @@ def shard(model: nn.Module, how: str, device: torch.device) -> None:
     model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else model.reshard())
 
 
+def ranks_a_machine() -> int:
+    """Raises UserError where some machines have more than others."""
+    here = launch.place().local_world if parallel.world() > 1 else 1
+    if len(set(parallel.each(here))) > 1:
+        raise UserError(
+            "some machines have more processes than others; start torchrun with one --nproc-per-node on all"
+        )
+    return here
+
+
 def mesh_of(how: str, device: torch.device) -> dist.DeviceMesh:
     """Along "shard" ranks hold different rows, along "replicate" (hybrid) the same."""
     if how == "full":
         return init_device_mesh(device.type, (parallel.world(),), mesh_dim_names=("shard",))
-    here = launch.place().local_world
+    here = ranks_a_machine()
     return init_device_mesh(device.type, (parallel.world() // here, here), mesh_dim_names=("replicate", "shard"))
 
 

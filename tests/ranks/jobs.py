@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minitune import build, errors, parallel, pretrained, sharding
+from minitune import build, errors, parallel, plan, pretrained, sharding
 from minitune import train as training
 from minitune.config import load_config
 
@@ -140,3 +140,25 @@ def resident() -> int:
     """Bytes of this process' own memory; pages of files, which the system takes back when it wants, do not count."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
+def ways(arguments: list[str], out: str) -> None:
+    """What `auto` chooses, by how much memory a rank has."""
+    cfg, chosen, needs = load_config(arguments), {}, {}
+    memory = plan.memory
+
+    def noted(*of: Any) -> plan.Memory:
+        needs[of[-1]] = memory(*of)
+        return needs[of[-1]]
+
+    plan.memory = noted
+    with parallel.processes(False, 30) as device:
+        base = pretrained.find(cfg.model.path)
+        parallel.free_memory = lambda _: 0
+        chosen["too little"] = build.compose(cfg, base, device)[1]
+        for shards, need in list(needs.items()):
+            least = need.total(plan.choose(need, 0, cfg, False)) / (1 - plan.SPARE) + 10_000
+            parallel.free_memory = lambda _, least=least: int(least) + parallel.rank() * 10**6
+            chosen[shards] = build.compose(cfg, base, device)[1]
+        if parallel.is_first():
+            Path(out).write_text(json.dumps(chosen))

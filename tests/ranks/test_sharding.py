@@ -87,3 +87,14 @@ def test_bf16_weights_have_their_masters_spread_and_go_on_bit_for_bit(
     assert launch(2, jobs.train, [*arguments, f"out={out}"]).codes == [0, 0]
     assert curve(out) == curve(tmp_path / "whole")
     assert all(torch.equal(made(out)[name], weight) for name, weight in made(tmp_path / "whole").items())
+
+
+def test_auto_takes_the_first_that_fits(launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path) -> None:
+    """On the rank that has least memory."""
+    out, deep = tmp_path / "chosen.json", make_base(**SMALL | {"num_hidden_layers": 24})
+    arguments = [str(recipe), f"model.path={deep}", "parallel.sharding=auto", "train.batch_size=1", "lora.r=1"]
+    ended = launch(4, jobs.ways, arguments, str(out), machines=2)
+    assert ended.codes == [0] * 4, ended.logs
+    chosen = json.loads(out.read_text())
+    for room, how in (("1", "replicate"), ("2", "hybrid"), ("4", "full"), ("too little", "full")):
+        assert f"4 processes, {how}," in chosen[room], (room, chosen)

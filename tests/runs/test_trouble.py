@@ -7,6 +7,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -91,9 +92,26 @@ def test_a_full_disk_ends_the_run_and_leaves_its_checkpoints(
     goes_on_to(start, straight, "run")
 
 
-@pytest.mark.parametrize(
-    "kilobytes", [4, 60, *(pytest.param(size, marks=pytest.mark.slow) for size in (0, 1, 20, 200))]
-)
+def test_a_failed_save_ends_the_run_before_the_next_is_due(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    real = train.take_step
+
+    def slower(*arguments):
+        time.sleep(0.05)
+        return real(*arguments)
+
+    monkeypatch.setattr(train, "take_step", slower)
+    no_room_for(monkeypatch, "step-000003")
+    with pytest.raises(RunFailed, match="checkpoint 3 could not be written"):
+        start("run", "save.every_steps=3", "eval.every_steps=0", "train.max_steps=30")
+    assert metrics(tmp_path / "run")[-1]["step"] < 6
+
+
+SLOW = [pytest.param(size, marks=pytest.mark.slow) for size in (0, 1, 20, 200)]
+
+
+@pytest.mark.parametrize("kilobytes", [4, 60, *SLOW])
 def test_a_limit_on_the_size_of_files(start: Start, tmp_path: Path, kilobytes: int) -> None:
     """The system's own error, through a real process: exit 1, one sentence, no traceback, no half of a file."""
     straight, _ = start("straight", "log.tensorboard=true")
@@ -134,11 +152,11 @@ def test_a_full_disk_under_metrics(start: Start, monkeypatch: pytest.MonkeyPatch
     goes_on_to(start, straight, "run")
 
 
-def test_a_full_disk_under_tensorboard(
-    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_under_tensorboard(start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its thread has the error; it reaches the run at one of the next points, and no traceback the terminal."""
     straight, _ = start("straight", "log.tensorboard=true")
+    tracebacks = []
+    monkeypatch.setattr(threading, "excepthook", tracebacks.append)
 
     def full(self: object, data: bytes) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -154,7 +172,7 @@ def test_a_full_disk_under_tensorboard(
         patch.setattr(RunLog, "metrics", metrics)
         with pytest.raises(RunFailed, match="No space left on device"):
             start("run", "log.tensorboard=true")
-    assert "Traceback" not in capfd.readouterr().err
+    assert not tracebacks and threading.excepthook == tracebacks.append
     assert all_whole(tmp_path / "run")
     goes_on_to(start, straight, "run", "log.tensorboard=true")
 
