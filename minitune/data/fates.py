@@ -6,6 +6,7 @@ from enum import IntEnum
 import numpy as np
 
 from minitune.config import DataConfig
+from minitune.data.duplicates import groups
 from minitune.data.store import Store
 from minitune.data.tokenise import BAD
 
@@ -55,10 +56,14 @@ def decide(store: Store, cfg: DataConfig) -> Fates:
     if cfg.deduplicate:
         fate[overlap] = Fate.OVERLAP
 
+    near = nearly(store, cfg, fate, twin) if cfg.near_duplicates != "off" else np.empty(0, np.int64)
+    if cfg.near_duplicates == "remove":
+        fate[near] = Fate.NEAR_DUPLICATE
+
     if not cfg.eval:
         alive = np.flatnonzero(fate == Fate.TRAIN)
         fate[alive[held_out(content[alive], cfg.eval_fraction)]] = Fate.EVAL
-    return Fates(fate, twin, len(overlap), 0)
+    return Fates(fate, twin, len(overlap), len(near))
 
 
 def firsts(keys: np.ndarray) -> np.ndarray:
@@ -78,6 +83,20 @@ def overlapping(fate: np.ndarray, exact: np.ndarray, content: np.ndarray) -> np.
     if len(held) == 0:
         return held
     return train[np.isin(content[train], content[held]) | np.isin(exact[train], exact[held])]
+
+
+def nearly(store: Store, cfg: DataConfig, fate: np.ndarray, twin: np.ndarray) -> np.ndarray:
+    """The entries of data.train whose rows nearly repeat one of data.eval or an earlier one; `twin` is told which."""
+    begins = store.column("part") == 0
+    rows = [np.flatnonzero(begins & (fate == side)) for side in (Fate.EVAL, Fate.TRAIN)]  # those of data.eval stay
+    entries = np.concatenate(rows)
+    group = groups(store.sketches(entries))
+    near = np.flatnonzero(group[len(rows[0]) :] != np.arange(len(rows[0]), len(entries))) + len(rows[0])
+    twin[entries[near]] = entries[group[near]]
+    row = np.maximum.accumulate(np.where(begins, np.arange(len(fate)), 0))  # each entry's first of the row
+    repeats = np.zeros(len(fate), np.bool_)
+    repeats[entries[near]] = True
+    return np.flatnonzero(repeats[row] & (fate == Fate.TRAIN))
 
 
 def held_out(content: np.ndarray, fraction: float) -> np.ndarray:

@@ -3,6 +3,7 @@
     CACHE/KEY/
         marked              every token of every document, in the order of the rows, marked where it is to be learned
         number, place, ...  the table: a file a column, an entry for each document and for each row that gives none
+        sketches            of each entry, by which near duplicates are found
         reasons.jsonl       why a row cannot be used, for each such row in turn
         store.json          what it is, and size and sha256 of each file
 
@@ -37,6 +38,7 @@ from tqdm import tqdm
 from minitune import files
 from minitune.config import DataConfig
 from minitune.data.corpus import unmark
+from minitune.data.duplicates import IDENTITY, KEYS
 from minitune.data.readers import CHUNK, Place, Row, RowError, chunks, origin, row_at
 from minitune.data.tokenise import BAD, COLUMNS, Portion, Task
 from minitune.data.workers import cores, stated, tokenised
@@ -78,6 +80,10 @@ class Store:
     @property
     def categories(self) -> list[str]:
         return self.about["categories"]
+
+    def sketches(self, entries: np.ndarray) -> "Sketches":
+        """Those of some entries, for duplicates.groups."""
+        return Sketches(self.folder / "sketches", entries)
 
     @cached_property
     def marked(self) -> "TokenFile":
@@ -127,6 +133,36 @@ class TokenFile:
         return np.frombuffer(data, "<u4")
 
 
+class Sketches:
+    """Rows of KEYS uint64 in a file, indexed as an array is: `[:, key]` is a column, `[rows]` are some rows. Of the
+    file a block is in memory at a time."""
+
+    BLOCK = 1 << 16  # rows
+
+    def __init__(self, path: Path, entries: np.ndarray) -> None:
+        self.path, self.entries = path, entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: np.ndarray | tuple[slice, int]) -> np.ndarray:
+        if isinstance(index, tuple):
+            return self.column(index[1])[self.entries]
+        rows = np.empty((len(index), KEYS), np.uint64)
+        with open(self.path, "rb", buffering=0) as file:
+            for row, entry in zip(rows, self.entries[index].tolist(), strict=True):
+                file.seek(entry * rows.itemsize * KEYS)
+                file.readinto(row)
+        return rows
+
+    def column(self, key: int) -> np.ndarray:
+        blocks = [np.empty(0, np.uint64)]
+        with open(self.path, "rb") as file:
+            while len(block := np.fromfile(file, np.uint64, self.BLOCK * KEYS)):
+                blocks.append(block[key::KEYS].copy())
+        return np.concatenate(blocks)
+
+
 # ---- making one, or finding it -------------------------------------------------------------------------------------
 
 
@@ -163,6 +199,7 @@ def key_of(sources: list[Source], cfg: DataConfig, tokenizer: Tokenizer) -> str:
     about = {
         "files": [(source.digest, source.path.suffix.lower(), source.format) for source in sources],
         "keys": {key: getattr(cfg, key) for key in DECIDES},
+        "sketches": None if cfg.near_duplicates == "off" else IDENTITY,
         "tokenizer": stated(tokenizer),
         "code": code_digest(),
         "libraries": [version(name) for name in ("tokenizers", "jinja2", "numpy")],
@@ -247,7 +284,7 @@ def write(part: Path, portions: Iterable[Portion]) -> dict[str, Any]:
         def opened(name: str) -> BinaryIO:
             return stack.enter_context(open(part / name, "wb"))
 
-        reasons, marked = opened("reasons.jsonl"), opened("marked")
+        reasons, marked, sketches = opened("reasons.jsonl"), opened("marked"), opened("sketches")
         table = {name: opened(name) for name in COLUMNS}
         for portion in portions:
             portion.columns["start"] += tokens
@@ -257,9 +294,10 @@ def write(part: Path, portions: Iterable[Portion]) -> dict[str, Any]:
                 table[name].write(column)
                 columns[name] = column.dtype.str
             marked.write(portion.marked)
+            sketches.write(portion.sketches)
             reasons.writelines(json.dumps(reason).encode() + b"\n" for reason in portion.reasons)
             entries, tokens = entries + len(portion.columns["start"]), tokens + len(portion.marked)
-        for file in (reasons, marked, *table.values()):
+        for file in (reasons, marked, sketches, *table.values()):
             file.flush()
             os.fsync(file.fileno())
     return {"entries": entries, "columns": columns or COLUMNS, "categories": list(categories)}

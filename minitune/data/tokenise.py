@@ -16,7 +16,9 @@ import numpy as np
 from minitune.config import DataConfig
 from minitune.data.chat_template import shows_tools
 from minitune.data.corpus import MARK, mark
+from minitune.data.duplicates import KEYS, said, sketches
 from minitune.data.formats import PARSERS, Chat, Completion, Example, Instruction, Text, renamed
+from minitune.data.looks import answer_key, look
 from minitune.data.readers import Chunk, Place, Row, RowError, rows_of
 from minitune.data.templates import Document, document, only_answer, texts
 from minitune.tokenizer import Tokenizer
@@ -36,6 +38,8 @@ COLUMNS: dict[str, str] = {  # of the table: what is known of an entry, a docume
     "trained": "<i4",  # loss tokens
     "flags": "<u1",
     "category": "<i4",
+    "looks": "<u2",  # what is odd about its row: looks.Look
+    "answer": "<u8",  # hash of what its row answers
 }
 BAD, CUT, STOPS, HIDES_TOOLS, ONE_ANSWER, RAW = 1, 2, 4, 8, 16, 32  # flags
 
@@ -54,6 +58,7 @@ class Portion:
     """What became of a chunk."""
 
     columns: dict[str, np.ndarray]  # each (entries,)
+    sketches: np.ndarray  # (entries, KEYS) uint64 of each row's first document, else 0; or (0, KEYS)
     marked: np.ndarray  # (tokens,) uint32: see corpus.MARK
     categories: list[str]  # column `category` counts these
     reasons: list[tuple[str, str]] = field(default_factory=list)  # key path and sentence, of each BAD entry in turn
@@ -65,6 +70,7 @@ def tokenise(task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> Portion:
     stretches: list[np.ndarray] = [np.empty(0, np.uint32)]
     categories: dict[str, int] = {}
     reasons: list[tuple[str, str]] = []
+    compared: dict[int, str] = {}  # entry -> the text that near duplicates are found by
     position = 0  # of the next token
 
     def enter(place: Place, **values: int) -> None:
@@ -78,9 +84,11 @@ def tokenise(task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> Portion:
             enter(place, flags=BAD, category=-1)
             continue
         category = categories.setdefault(category_of(row, example, cfg.category), len(categories))
-        content = content_hash(example)
+        content, looks, answer = content_hash(example), look(example), answer_key(example)
         about = HIDES_TOOLS * (not shows_tools(example, tokenizer)) | ONE_ANSWER * (only_answer(example) is not None)
         about |= RAW * isinstance(example, Text)
+        if cfg.near_duplicates != "off":
+            compared[len(table["file"])] = said(example)
         for part, whole in enumerate(made):
             kept = whole if len(whole.ids) <= cfg.max_seq_len else overlong(whole, cfg)
             marked = mark(kept.ids, kept.trained)
@@ -96,11 +104,16 @@ def tokenise(task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> Portion:
                 trained=sum(kept.trained[1:]),
                 flags=about | CUT * kept.cut | STOPS * bool(np.isin(marked, ends(tokenizer)).any()),
                 category=category,
+                looks=looks,
+                answer=answer,
             )
             stretches.append(marked)
             position += len(marked)
     columns = {name: np.array(column, COLUMNS[name]) for name, column in table.items()}
-    return Portion(columns, np.concatenate(stretches), list(categories), reasons)
+    sketched = np.zeros((0 if cfg.near_duplicates == "off" else len(columns["file"]), KEYS), np.uint64)
+    if compared:
+        sketched[list(compared)] = sketches(list(compared.values()))
+    return Portion(columns, sketched, np.concatenate(stretches), list(categories), reasons)
 
 
 def documents_of_rows(

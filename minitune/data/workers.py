@@ -98,8 +98,9 @@ class Worker:
         if "error" in answer:
             raise RuntimeError(f"in a process that tokenises {task.chunk.path}:\n{answer['error']}")
         arrays = {name: receive(self.process.stdout, *kind) for name, *kind in answer["arrays"]}
-        marked = arrays.pop("marked")
-        return Portion(arrays, marked, answer["categories"], [tuple(reason) for reason in answer["reasons"]])
+        sketches, marked = arrays.pop("sketches"), arrays.pop("marked")
+        reasons = [(key, reason) for key, reason in answer["reasons"]]
+        return Portion(arrays, sketches, marked, answer["categories"], reasons)
 
     def end(self) -> None:
         self.process.kill()
@@ -132,7 +133,7 @@ def answer(out: BinaryIO, task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> 
     except Exception:
         send(out, {"error": traceback.format_exc()})
         return
-    arrays = portion.columns | {"marked": portion.marked}
+    arrays = portion.columns | {"sketches": portion.sketches, "marked": portion.marked}
     kinds = [(name, array.dtype.str, array.shape) for name, array in arrays.items()]
     send(out, {"arrays": kinds, "categories": portion.categories, "reasons": portion.reasons})
     for array in arrays.values():
