@@ -1,25 +1,33 @@
 """Files that are either whole or not there: written beside their place, flushed to the disk, then renamed."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from minitune.errors import UserError
+
+if TYPE_CHECKING:  # the processes that tokenise use this file, and do without torch
+    from torch import Tensor
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace `path` by `data` in one step: a reader, or a crash, sees the old file or the new one."""
+    write_pieces(path, [data])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """The same for what is too long to be held at once."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -133,6 +133,7 @@ def train(cfg: Config) -> dict[str, Any]:
         "digests": data.digests,
         "steps": steps,
     }
+    data.write_left_out(run / "left_out.jsonl")
     files.write_text(run / "config.toml", dump(cfg))
     note_ending(run, facts, progress, "not finished")
 
