@@ -29,10 +29,10 @@ def main(arguments: list[str]) -> None:
     cfg = load_config(rest)  # all that is wrong with the recipe is said before anything is read
     from minitune import files
     from minitune.data import prepare
-    from minitune.preview import preview
+    from minitune.pretrained import find
+    from minitune.preview.gather import preview
     from minitune.preview.page import html
     from minitune.preview.terminal import in_colour, text
-    from minitune.pretrained import find
     from minitune.tokenizer import load_tokenizer
 
     if options.html and not options.html.parent.is_dir():

@@ -75,9 +75,8 @@ figure { margin: 1rem 0 0; }
   .share { display: none; }
 }
 """
-POLICY = "default-src 'none'; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'".format(
-    base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
-)
+DIGEST = base64.b64encode(hashlib.sha256(STYLE.encode()).digest()).decode()
+POLICY = f"default-src 'none'; style-src 'sha256-{DIGEST}'; base-uri 'none'; form-action 'none'"
 SUMS = (
     ("rows", "rows read"),
     ("train_documents", "documents to train on"),

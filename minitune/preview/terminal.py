@@ -73,7 +73,8 @@ class Writer:
             total = sum(category.documents for category in preview.categories)
             for category in preview.categories:
                 share = f"{category.documents:9,}  {category.documents / total:6.1%}"
-                yield f"  {self.fitted(category.name, 26)} {share}  {'' if category.rest else bar(category.documents, most)}".rstrip()
+                drawn = "" if category.rest else "  " + bar(category.documents, most)
+                yield f"  {self.fitted(category.name, 26)} {share}{drawn}"
         yield from self.title("Worth a look", "" if preview.looks else "nothing was seen")
         for found in preview.looks:
             yield from self.found(found)

@@ -19,7 +19,7 @@ FLOORS = [
     ["pretrained", "peft_format", "checkpoint"],
     ["build", "runs"],
     ["merge", "generate"],
-    ["step", "samples"],
+    ["step", "samples", "preview"],
     ["train"],
     ["scripts"],
 ]
