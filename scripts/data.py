@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
     if options.html:
         files.write_text(options.html, html(seen))
     if options.json:
-        print(json.dumps({**seen.counts, "preview": {**asdict(seen), "counts": None}}))
+        about = asdict(seen)
+        print(json.dumps(about.pop("counts") | {"preview": about}))
         return
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     print(text(seen, in_colour(sys.stdout)), end="")

@@ -85,7 +85,7 @@ def row_at(path: Path, place: Place) -> Row | RowError:
 
 
 def origin(path: Path, number: int, name: str = "") -> str:
-    """Where a row stands, as a person is told: "train.jsonl:12", "train.json row 12"; by the recipe's name, if given."""
+    """Where a row stands, as people are told: "train.jsonl:12", "train.json row 12", by the recipe's name if given."""
     return f"{name or path}:{number}" if reader_of(path).unit == "line" else f"{name or path} row {number}"
 
 

@@ -107,9 +107,17 @@ def lengths(store: Store, limit: int) -> Lengths | None:
     whole = whole[whole > 0]
     if not len(whole):
         return None
-    low = int(np.floor(2 * np.log2(whole.min() / limit)))
-    high = max(0, int(np.ceil(2 * np.log2(whole.max() / limit))))
-    edges = np.unique([int(limit * 2 ** (half / 2)) + 1 for half in range(min(low, -1), high + 1)])
+
+    def edge(halves: int) -> int:
+        """The first length that is over max_seq_len times the root of two to this power."""
+        return int(limit * 2 ** (halves / 2)) + 1
+
+    low, high = -1, 0
+    while edge(low) > whole.min():
+        low -= 1
+    while edge(high) <= whole.max():
+        high += 1
+    edges = np.unique([edge(halves) for halves in range(low, high + 1)])
     documents, _ = np.histogram(whole, [*edges[:-1], edges[-1] - 0.5])
     over = int(np.count_nonzero(whole > limit))
     return Lengths(edges.tolist(), documents.tolist(), limit, int(np.median(whole)), int(whole.max()), over)

@@ -54,10 +54,8 @@ table { border-collapse: collapse; width: 100%; margin-top: 0.5rem; font-size: 0
 td, th { padding: 0.4rem 1rem 0.4rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 500; font-size: 0.8125rem; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.name { overflow-wrap: anywhere; }
-.said { overflow-wrap: anywhere; }
-.head td { border-bottom: 0; padding-bottom: 0; }
-.head .name { font-weight: 500; }
+td.number:first-child { width: 4.5rem; }
+.name, .said { overflow-wrap: anywhere; }
 .examples { margin: 0; padding: 0; list-style: none; font-size: 0.875rem; }
 .examples li { padding: 0.15rem 0; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
@@ -69,7 +67,7 @@ svg .rest { fill: var(--line); }
 svg .axis { stroke: var(--line); }
 svg .limit { stroke: var(--warn); stroke-dasharray: 3 3; }
 figure { margin: 1rem 0 0; }
-.share { width: 34%; }
+.share { width: 34%; vertical-align: middle; }
 @media (max-width: 36rem) {
   body { padding: 1.75rem 1rem 3rem; }
   .share { display: none; }
@@ -142,7 +140,7 @@ def body(preview: Preview) -> Iterator[str]:
     pairs = {"duplicates": preview.duplicates, "near_duplicates": preview.near_duplicates, "overlap": preview.overlap}
     yield from table(("rows", ""), (repeat(words, int(counts[name]), pairs[name]) for name, words in REPEATS))
     if preview.near_overlap:
-        yield f"<p>{preview.near_overlap:,} near duplicates have one row in training and one held out.</p>"
+        yield f"<p>Near duplicates with one row in training and one held out: {preview.near_overlap:,}.</p>"
 
     if preview.categories:
         yield "<h2>Categories</h2>"
