@@ -1,9 +1,8 @@
 """Chunks tokenised by many processes, in order.
 
-    python -m minitune.data.workers        a worker: tasks come in by its stdin, portions leave by its stdout
-
 A worker is a program of its own, not a copy of this one: it imports no torch, so it is small, and it ends when its
-stdin does, whatever became of the process that started it. What is sent is JSON and plain arrays.
+stdin does, whatever became of the process that started it. Tasks come in by its stdin, portions leave by its stdout,
+as JSON and plain arrays.
 """
 
 import json
@@ -75,7 +74,7 @@ class Worker:
         here = str(Path(minitune.__file__).parents[1])  # so that it runs this minitune, installed or not
         path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "minitune.data.workers"],
+            [sys.executable, "-c", "from minitune.data.workers import work; work()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | ONE_THREAD | {"PYTHONPATH": path},
@@ -171,7 +170,3 @@ def restored(state: dict[str, Any]) -> Tokenizer:
     continuation = Engine.from_str(state["continuation"]) if state["continuation"] else engine
     whole = {"engine": engine, "continuation": continuation, "stop_ids": frozenset(state["stop_ids"])}
     return Tokenizer(**state | whole)
-
-
-if __name__ == "__main__":
-    work()
