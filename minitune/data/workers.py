@@ -14,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -79,10 +80,13 @@ class Worker:
             stdout=subprocess.PIPE,
             env=os.environ | ONE_THREAD | {"PYTHONPATH": path},
         )
-        send(self.process.stdin, {"cfg": asdict(cfg), "tokenizer": stated(tokenizer)})
+        self.setting = {"cfg": asdict(cfg), "tokenizer": stated(tokenizer)}  # sent before the first task
 
     def portion(self, task: Task) -> Portion:
         try:
+            if self.setting:
+                send(self.process.stdin, self.setting)
+                self.setting = None
             send(self.process.stdin, asdict(task))
             answer = json.loads(self.process.stdout.readline() or "null")
         except (OSError, ValueError):
@@ -103,7 +107,8 @@ class Worker:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.stdin.close()
+        with suppress(OSError):  # what was still to be sent has no one to read it
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
