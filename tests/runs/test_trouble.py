@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -98,7 +99,7 @@ def test_a_failed_save_ends_the_run_before_the_next_is_due(
     real = train.take_step
 
     def slower(*arguments):
-        time.sleep(0.05)
+        time.sleep(0.3)
         return real(*arguments)
 
     monkeypatch.setattr(train, "take_step", slower)
