@@ -6,6 +6,7 @@
 `prepare` is the whole way up to the corpora; stream.py goes on from there.
 """
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -59,8 +60,11 @@ class Prepared:
 
     def write_left_out(self, path: Path) -> None:
         """All of `left_out`, an object a line."""
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self.left_out())
-        files.write_pieces(path, (line.encode() for line in lines))
+        with files.replacing(path) as file:
+            lines = io.BufferedWriter(file)
+            lines.writelines(json.dumps(row).encode() + b"\n" for row in self.left_out())
+            lines.flush()
+            lines.detach()
 
 
 def prepare(cfg: DataConfig, tokenizer: Tokenizer, samples: int = 0, refuse: bool = True) -> Prepared:

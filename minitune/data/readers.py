@@ -142,10 +142,10 @@ def text_chunks(path: Path, size: int) -> Iterator[Chunk]:
     with open(path, "rb") as file:
         start, number = after_bom(file), 1
         while block := file.read(size):
-            parts = [block, file.readline()]
-            while parts[-1].strip():  # on to a blank line, or the end
-                parts.append(file.readline())
-            block = b"".join(parts)
+            parts = [block, file.readline()]  # to the end of its last line
+            while (line := file.readline()).strip():  # and on to a blank one
+                parts.append(line)
+            block = b"".join([*parts, line])
             yield Chunk(str(path), start, start + len(block), number, blank_between=True)
             start, number = start + len(block), number + block.count(b"\n")
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,7 @@ COLUMNS: dict[str, str] = {  # of the table: what is known of an entry, a docume
     "answer": "<u8",  # hash of what its row answers
 }
 BAD, CUT, STOPS, HIDES_TOOLS, ONE_ANSWER, RAW = 1, 2, 4, 8, 16, 32  # flags
+NOTHING = Document([], [])
 
 
 @dataclass(frozen=True)
@@ -66,54 +67,74 @@ class Portion:
 
 def tokenise(task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> Portion:
     """Read, check and tokenise the rows of a chunk."""
-    table: dict[str, list[int]] = {name: [] for name in COLUMNS}
-    stretches: list[np.ndarray] = [np.empty(0, np.uint32)]
+    entries: list[dict[str, int]] = []
+    kept: list[Document] = []  # of each entry; nothing, where it gives no tokens
     categories: dict[str, int] = {}
     reasons: list[tuple[str, str]] = []
     compared: dict[int, str] = {}  # entry -> the text that near duplicates are found by
-    position = 0  # of the next token
-
-    def enter(place: Place, **values: int) -> None:
-        values |= {"file": task.file, "number": place.number, "place": place.start, "size": place.size}
-        for name, column in table.items():
-            column.append(values.get(name, 0))
 
     for place, row, example, made in documents_of_rows(task, cfg, tokenizer):
+        stands = {"number": place.number, "place": place.start, "size": place.size}
         if isinstance(made, RowError):
             reasons.append((made.key, str(made)))
-            enter(place, flags=BAD, category=-1)
+            entries.append(stands | {"flags": BAD, "category": -1})
+            kept.append(NOTHING)
             continue
-        category = categories.setdefault(category_of(row, example, cfg.category), len(categories))
-        content, looks, answer = content_hash(example), look(example), answer_key(example)
-        about = HIDES_TOOLS * (not shows_tools(example, tokenizer)) | ONE_ANSWER * (only_answer(example) is not None)
-        about |= RAW * isinstance(example, Text)
         if cfg.near_duplicates != "off":
-            compared[len(table["file"])] = said(example)
+            compared[len(entries)] = said(example)
+        category = categories.setdefault(category_of(row, example, cfg.category), len(categories))
+        stands |= {"content": content_hash(example), "looks": look(example), "answer": answer_key(example)}
+        stands |= {"category": category, "flags": flags_of(example, tokenizer)}
         for part, whole in enumerate(made):
-            kept = whole if len(whole.ids) <= cfg.max_seq_len else overlong(whole, cfg)
-            marked = mark(kept.ids, kept.trained)
-            exact = hash_of(marked.tobytes())
-            enter(
-                place,
-                part=part,
-                exact=exact,
-                content=exact if kept.cut and len(made) == 1 else content,
-                start=position,
-                tokens=len(marked),
-                whole=len(whole.ids),
-                trained=sum(kept.trained[1:]),
-                flags=about | CUT * kept.cut | STOPS * bool(np.isin(marked, ends(tokenizer)).any()),
-                category=category,
-                looks=looks,
-                answer=answer,
-            )
-            stretches.append(marked)
-            position += len(marked)
-    columns = {name: np.array(column, COLUMNS[name]) for name, column in table.items()}
-    sketched = np.zeros((0 if cfg.near_duplicates == "off" else len(columns["file"]), KEYS), np.uint64)
+            document = whole if len(whole.ids) <= cfg.max_seq_len else overlong(whole, cfg)
+            entries.append(stands | {"part": part, "whole": len(whole.ids)})
+            entries[-1]["flags"] |= CUT * document.cut
+            kept.append(document)
+
+    columns = {name: np.array([entry.get(name, 0) for entry in entries], kind) for name, kind in COLUMNS.items()}
+    columns["file"][:] = task.file
+    marked = lay(kept, columns, tokenizer)
+    sketched = np.zeros((0 if cfg.near_duplicates == "off" else len(entries), KEYS), np.uint64)
     if compared:
         sketched[list(compared)] = sketches(list(compared.values()))
-    return Portion(columns, sketched, np.concatenate(stretches), list(categories), reasons)
+    return Portion(columns, sketched, marked, list(categories), reasons)
+
+
+def lay(documents: list[Document], columns: dict[str, np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    """All documents end to end, marked (tokens,) uint32; and the columns that say where and what each of them is."""
+    lengths = np.array([len(document.ids) for document in documents], np.int64)
+    ends = np.cumsum(lengths)
+    total = int(lengths.sum())
+    ids = np.fromiter(chain.from_iterable(document.ids for document in documents), np.uint32, total)
+    trained = np.fromiter(chain.from_iterable(document.trained for document in documents), np.bool_, total)
+    marked = mark(ids, trained)
+
+    starts = ends - lengths
+    some = lengths > 0
+    columns["start"], columns["tokens"] = starts, lengths.astype(COLUMNS["tokens"])
+    columns["trained"] += sums(trained, starts, ends).astype(COLUMNS["trained"])
+    columns["trained"][some] -= trained[starts[some]]  # nothing comes before a first token
+    columns["flags"] |= np.where(sums(np.isin(marked, endings(tokenizer)), starts, ends) > 0, STOPS, 0).astype("<u1")
+    data = marked.tobytes()
+    columns["exact"] = np.array([hash_of(data[4 * a : 4 * b]) for a, b in zip(starts, ends, strict=True)], "<u8")
+
+    # Rows that are equal once they are cut are to be on one side, so it is what is left of them that counts.
+    alone = np.append(columns["part"][1:] == 0, True)[: len(lengths)] & (columns["part"] == 0)
+    cut = alone & (columns["flags"] & CUT > 0)
+    columns["content"][cut] = columns["exact"][cut]
+    return marked
+
+
+def sums(values: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """How many of the values are true from each start to its end. (entries,) int64"""
+    before = np.append(0, np.cumsum(values))
+    return before[ends] - before[starts]
+
+
+def flags_of(example: Example, tokenizer: Tokenizer) -> int:
+    """Those that follow from the row alone."""
+    hides, one = not shows_tools(example, tokenizer), only_answer(example) is not None
+    return HIDES_TOOLS * hides | ONE_ANSWER * one | RAW * isinstance(example, Text)
 
 
 def documents_of_rows(
@@ -135,11 +156,11 @@ def documents_of_rows(
 def overlong(whole: Document, cfg: DataConfig) -> Document:
     """What is kept of a document that is too long: its beginning, if something is learned there, or nothing."""
     cut = Document(whole.ids[: cfg.max_seq_len], whole.trained[: cfg.max_seq_len], cut=True)
-    return cut if cfg.overlong == "truncate" and cut.learns else Document([], [])
+    return cut if cfg.overlong == "truncate" and cut.learns else NOTHING
 
 
 @lru_cache(maxsize=2)
-def ends(tokenizer: Tokenizer) -> np.ndarray:
+def endings(tokenizer: Tokenizer) -> np.ndarray:
     """The ids, marked as to be learned, by which an answer ends: those that stop generation, and special tokens."""
     special = {id for id, token in tokenizer.engine.get_added_tokens_decoder().items() if token.special}
     special -= {tokenizer.bos_id}

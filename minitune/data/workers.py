@@ -1,9 +1,8 @@
 """Chunks tokenised by many processes, in order.
 
-    python -m minitune.data.workers        a worker: tasks come in by its stdin, portions leave by its stdout
-
 A worker is a program of its own, not a copy of this one: it imports no torch, so it is small, and it ends when its
-stdin does, whatever became of the process that started it. What is sent is JSON and plain arrays.
+stdin does, whatever became of the process that started it. Tasks come in by its stdin, portions leave by its stdout,
+as JSON and plain arrays.
 """
 
 import json
@@ -15,6 +14,7 @@ import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,15 +75,18 @@ class Worker:
         here = str(Path(minitune.__file__).parents[1])  # so that it runs this minitune, installed or not
         path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "minitune.data.workers"],
+            [sys.executable, "-c", "from minitune.data.workers import work; work()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | ONE_THREAD | {"PYTHONPATH": path},
         )
-        send(self.process.stdin, {"cfg": asdict(cfg), "tokenizer": stated(tokenizer)})
+        self.setting = {"cfg": asdict(cfg), "tokenizer": stated(tokenizer)}  # sent before the first task
 
     def portion(self, task: Task) -> Portion:
         try:
+            if self.setting:
+                send(self.process.stdin, self.setting)
+                self.setting = None
             send(self.process.stdin, asdict(task))
             answer = json.loads(self.process.stdout.readline() or "null")
         except (OSError, ValueError):
@@ -104,7 +107,8 @@ class Worker:
 
     def end(self) -> None:
         self.process.kill()
-        self.process.stdin.close()
+        with suppress(OSError):  # what was still to be sent has no one to read it
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
@@ -171,7 +175,3 @@ def restored(state: dict[str, Any]) -> Tokenizer:
     continuation = Engine.from_str(state["continuation"]) if state["continuation"] else engine
     whole = {"engine": engine, "continuation": continuation, "stop_ids": frozenset(state["stop_ids"])}
     return Tokenizer(**state | whole)
-
-
-if __name__ == "__main__":
-    work()
