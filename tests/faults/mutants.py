@@ -1,11 +1,12 @@
 """Guards taken out of minitune, one at a time and from outside: what each row's control is run with."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from minitune import checkpoint, files, optim
+from minitune import checkpoint, files, optim, train
 
 
 def forget_moments() -> None:
@@ -22,10 +23,10 @@ def write_in_place() -> None:
         yield path
 
     files.new_folder = new_folder
-    files.write_bytes = lambda path, data: write_slowly(path, data)
+    files.write_bytes = write_over
 
 
-def write_slowly(path: Path, data: bytes) -> None:
+def write_over(path: Path, data: bytes) -> None:
     with open(path, "wb") as file:
         file.write(data)
 
@@ -38,3 +39,15 @@ def trust_all() -> None:
 def no_fsync() -> None:
     """Nothing is flushed to the disk."""
     os.fsync = os.fdatasync = lambda handle: None
+
+
+def deaf() -> None:
+    """Signals go unheard."""
+
+    @contextmanager
+    def stop_signals() -> Iterator[train.Stop]:
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, signal.SIG_IGN)
+        yield train.Stop()
+
+    train.stop_signals = stop_signals

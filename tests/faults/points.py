@@ -196,3 +196,20 @@ def count_points(run: Path, told: Path) -> Callable[[], None]:
         REAL["write"](handle, f"{point.name} {os.path.relpath(point.path, root)}\n".encode())
 
     return watch(run, before)
+
+
+def before_call(module: Any, name: str, nth: int, act: Callable[[], None]) -> Callable[[], None]:
+    """The plant that does something when `module.name` is called for the n-th time, before it begins."""
+
+    def plant() -> None:
+        real, calls = getattr(module, name), []
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            calls.append(1)
+            if len(calls) == nth:
+                act()
+            return real(*arguments, **options)
+
+        setattr(module, name, call)
+
+    return plant
