@@ -137,7 +137,7 @@ ROWS = [
     Row(
         "kill -9 inside other writes",
         kill_inside_other_writes,
-        partial(kill_inside_other_writes, mutant=(mutants.write_in_place,)),
+        partial(kill_inside_other_writes, mutant=(mutants.no_sweep,)),
         full=40,
         pr=6,
         controls=16,

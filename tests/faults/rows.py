@@ -1,11 +1,13 @@
 """A row of the table: a kind of fault, how often it is injected, and its negative control."""
 
 import random
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from forked import Ended, Lost
+from outcome import checkpoints
 from world import World
 
 
@@ -22,6 +24,11 @@ class Case:
     @property
     def run(self) -> Path:
         return self.folder / "run"
+
+    def go_on_from(self, method: str) -> list[Path]:
+        """Begin with a copy of the run that was killed; returns its checkpoints, all valid, oldest first."""
+        shutil.copytree(self.world.stopped[method], self.run)
+        return checkpoints(self.run)
 
 
 @dataclass(frozen=True)

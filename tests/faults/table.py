@@ -11,13 +11,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import corruption
+import folders
 import kills
+import poison
 import signals
 from forked import Lost
 from rows import Case, Row
 from world import World
 
-ROWS: list[Row] = [*kills.ROWS, *signals.ROWS]
+ROWS: list[Row] = [*kills.ROWS, *signals.ROWS, *corruption.ROWS, *poison.ROWS, *folders.ROWS]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import forked
 import torch
 from forked import Ended, Plant, Run
-from outcome import Outcome, outcome
-from points import count_points
+from outcome import Outcome, outcome, valid
+from points import before_call, count_points, die
 
-from minitune import shards
+from minitune import shards, train
 from minitune.model import Llama
 from minitune.pretrained import TINY, read_config
 
@@ -63,6 +63,7 @@ class World:
     straight: dict[str, Outcome]
     seconds: dict[str, float]
     points: dict[str, list[str]]  # every change of its files, see points.py: "name path", the path in its folder
+    stopped: dict[str, Path]  # a run killed after its ninth step, with checkpoints to go on from
 
     def arguments(self, run: Path, method: str, *overrides: str) -> list[str]:
         return [str(self.folder / "recipe.toml"), f"method={method}", f"out={run}", *overrides]
@@ -81,7 +82,7 @@ def make_world(folder: Path) -> World:
     make_rows(folder / "rows.jsonl")
     recipe = RECIPE.format(base=folder / "base", rows=folder / "rows.jsonl", steps=STEPS)
     (folder / "recipe.toml").write_text(recipe)
-    world = World(folder, {}, {}, {})
+    world = World(folder, {}, {}, {}, {})
     command = [sys.executable, str(forked.TRAIN), *world.arguments(folder / "cold", "lora")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300, env=os.environ)
     for method in METHODS:
@@ -92,6 +93,10 @@ def make_world(folder: Path) -> World:
         world.straight[method] = outcome(folder / method)
         world.seconds[method] = ended.seconds
         world.points[method] = points.read_text().splitlines()
+        world.stopped[method] = folder / f"{method}-stopped"
+        world.run(world.stopped[method], method, before_call(train, "take_step", 10, die))
+        if len(valid(world.stopped[method])) < 2:
+            raise RuntimeError(f"a {method} run killed after nine steps has checkpoints {valid(world.stopped[method])}")
     if outcome(folder / "cold") != world.straight["lora"]:
         raise RuntimeError("a forked run differs from the same command in a process of its own")
     return world
