@@ -11,12 +11,12 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. A file imports from floors below its own, or from its own as long as no circle arises.
 FLOORS = [
-    ["__init__", "errors", "files", "seeds", "rules", "config"],
-    ["kernels", "surgery", "attention", "loss", "tokenizer", "log", "model", "shards"],
+    ["__init__", "errors", "files", "seeds", "rules", "config", "progress", "digests"],
+    ["kernels", "surgery", "attention", "loss", "tokenizer", "log", "model", "shards", "signals", "lock", "trouble"],
     ["nf4", "precision", "masters", "optim", "offload", "parallel", "data"],
     ["adapters"],
     ["byhand", "plan"],
-    ["pretrained", "peft_format", "checkpoint"],
+    ["pretrained", "peft_format", "checkpoint", "saver"],
     ["build", "runs"],
     ["merge", "generate"],
     ["step", "samples"],
