@@ -45,11 +45,11 @@ def kill_inside_a_save(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
     kill_at_point(case, method, at, mutant)
 
 
-def kill_inside_other_writes(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
+def kill_inside_other_writes(case: Case, of: str = "", mutant: tuple[Plant, ...] = ()) -> None:
     """kill -9 at one of the calls that change the run's other files: lock, recipe, metrics, run.json, the adapter."""
     method = method_of(case.index)
     points = case.world.points[method]
-    at = case.draw.choice([n for n, line in enumerate(points, start=1) if " checkpoints" not in line])
+    at = case.draw.choice([n for n, line in enumerate(points, start=1) if " checkpoints" not in line and of in line])
     kill_at_point(case, method, at, mutant)
 
 
@@ -137,10 +137,10 @@ ROWS = [
     Row(
         "kill -9 inside other writes",
         kill_inside_other_writes,
-        partial(kill_inside_other_writes, mutant=(mutants.no_sweep,)),
+        partial(kill_inside_other_writes, of=".part", mutant=(mutants.no_sweep,)),
         full=40,
         pr=6,
-        controls=16,
+        controls=8,
     ),
     Row(
         "power cut inside a save",

@@ -12,15 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import corruption
+import disk
 import folders
 import kills
+import nonsense
 import poison
+import rotation
 import signals
 from forked import Lost
 from rows import Case, Row
 from world import World
 
-ROWS: list[Row] = [*kills.ROWS, *signals.ROWS, *corruption.ROWS, *poison.ROWS, *folders.ROWS]
+FAMILIES = (kills, signals, corruption, nonsense, disk, rotation, poison, folders)
+ROWS: list[Row] = [row for family in FAMILIES for row in family.ROWS]
 
 
 @dataclass(frozen=True)
