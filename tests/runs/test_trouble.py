@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import json
 import os
 import resource
 import subprocess
@@ -356,3 +357,14 @@ def test_a_large_file_is_digested_once_until_it_changes(tmp_path: Path, monkeypa
     large.write_bytes(b"d" * 100)
     count = len(read)
     assert digests.sha256(large) == digests.sha256(large) == real(large) and len(read) == count + 2
+
+
+@pytest.mark.slow
+def test_the_script_for_the_gpu_runs_on_a_cpu(tmp_path: Path) -> None:
+    """tests/gpu/survive.py, in small."""
+    command = [sys.executable, str(ROOT / "tests" / "gpu" / "survive.py"), str(tmp_path / "survive")]
+    command += ["--tiny", "--kills", "2", "--steps", "20", "--long", "150"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert all(row["survived"] == row["injected"] > 0 for row in told["rows"]) and len(told["rows"]) == 6
