@@ -35,11 +35,12 @@ class Case:
 class Row:
     name: str
     inject: Callable[[Case], None]  # raises Lost where the run does not survive
-    control: Callable[[Case], None]  # the same with a guard taken out: must raise Lost
+    control: Callable[[Case], None] | None  # the same with a guard taken out: must raise Lost. None: a peer's row
     full: int  # injections in the full tier
     pr: int  # and in that of a pull request
     controls: int = 3  # injections of the control
     weight: int = 1  # of one injection in the count, where it is many in one
+    system: str = "minitune"
 
 
 def must(condition: object, sentence: str) -> None:

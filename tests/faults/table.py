@@ -23,7 +23,7 @@ from forked import Lost
 from rows import Case, Row
 from world import World
 
-FAMILIES = (kills, signals, corruption, nonsense, disk, rotation, poison, folders)
+FAMILIES = [kills, signals, corruption, nonsense, disk, rotation, poison, folders]
 ROWS: list[Row] = [row for family in FAMILIES for row in family.ROWS]
 
 
@@ -63,6 +63,7 @@ def line_of(row: Row, ended: dict[Task, tuple[str, float]]) -> dict[str, Any]:
     failed = len(lost)
     return {
         "name": row.name,
+        "system": row.system,
         "injected": injected,
         "survived": injected - failed,
         "failed": failed,
@@ -74,13 +75,22 @@ def line_of(row: Row, ended: dict[Task, tuple[str, float]]) -> dict[str, Any]:
 
 
 def told(line: dict[str, Any]) -> dict[str, Any]:
-    control = "{lost} of {injected}".format(**line["control"])
-    print("{name:44}{injected:8}{survived:10}{failed:10}   ".format(**line) + control, flush=True)
-    for why in line["losses"][:10]:
-        print(f"    {why}")
-    if not line["control"]["lost"]:
+    """Print a line of the table, and what was lost."""
+    lost, controls = line["control"]["lost"], line["control"]["injected"]
+    name = line["name"] if line["system"] == "minitune" else f"{line['name']}, {line['system']}"
+    control = f"{lost} of {controls}" if controls else "-"
+    print(f"{name:58}{line['injected']:8}{line['survived']:10}{line['failed']:8}   {control}", flush=True)
+    if line["system"] == "minitune":
+        for why in line["losses"][:10]:
+            print(f"    {why}")
+    if not proves(line):
         print(f"    the control was not lost, so the row proves nothing {line['control_losses'][0]}")
     return line
+
+
+def proves(line: dict[str, Any]) -> bool:
+    """Whether the row can fail: some of its control did. A peer's row is a measurement, and has none."""
+    return line["system"] != "minitune" or line["control"]["lost"] > 0
 
 
 # ---- workers -------------------------------------------------------------------------------------------------------
@@ -127,15 +137,14 @@ def work(numbers: int, results: int, tasks: list[Task], world: World, options: a
 def attempt(task: Task, world: World, options: argparse.Namespace) -> str:
     """Make one injection; "" if the run survived it, else what happened."""
     row = ROWS[task.row]
-    name = f"{row.name}-{'control' if task.control else 'case'}-{task.index}".replace(" ", "-").replace("/", "-")
-    folder = world.folder / name
+    folder = world.folder / f"{task.row}-{'control' if task.control else 'case'}-{task.index}"
     folder.mkdir()
     draw = random.Random(f"{options.seed} {row.name} {task.index} {task.control}")
     why = ""
     try:
         (row.control if task.control else row.inject)(Case(world, task.index, task.count, draw, folder))
     except Lost as lost:
-        why = f"lost: {lost}"
+        why = f"lost: {lost}".replace(str(folder), "FOLDER")
     except Exception:
         why = f"the harness failed: {traceback.format_exc()[-500:]}"
     if options.keep and why and not task.control:
