@@ -22,7 +22,7 @@ from world import METHODS
 from minitune import lock, train
 
 
-def race(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
+def race(case: Case, together: bool = False, mutant: tuple[Plant, ...] = ()) -> None:
     """Two runs started at once: one trains, and the other is refused or finds it finished. Half of the races are for
     a folder that a killed run left behind."""
     method = METHODS[case.index % len(METHODS)]
@@ -30,7 +30,8 @@ def race(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
         case.go_on_from(method)
     trained = case.folder / "trained"
     runs = [case.world.start(case.run, method, *mutant, before_call(train, "take_step", 1, partial(tick, trained)))]
-    time.sleep(case.draw.choice((0.0, case.draw.uniform(0, case.world.seconds[method]))))
+    if not together:
+        time.sleep(case.draw.choice((0.0, case.draw.uniform(0, case.world.seconds[method]))))
     runs += [case.world.start(case.run, method, *mutant, before_call(train, "take_step", 1, partial(tick, trained)))]
     for ended in [run.wait() for run in runs]:
         if ended.code:
@@ -196,7 +197,7 @@ def restart(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
 
 
 ROWS = [
-    Row("two runs at once in a folder", race, partial(race, mutant=(mutants.no_lock,)), full=10, pr=3),
+    Row("two runs at once in a folder", race, partial(race, together=True, mutant=(mutants.no_lock,)), full=10, pr=3),
     Row(
         "locks left in a folder",
         find_a_lock,

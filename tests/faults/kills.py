@@ -21,14 +21,19 @@ def method_of(index: int) -> str:
     return ("lora", "qlora", "lora", "full")[index % 4]
 
 
-def kill_at_random(
-    case: Case, part: tuple[float, float] = (0.0, 1.05), mutant: tuple[Plant, ...] = (), method: str = ""
-) -> None:
-    """kill -9 at a random moment of the run; a fifth of the runs is killed twice, and of these a fifth thrice."""
+def kill_at_random(case: Case, once_saved: bool = False, mutant: tuple[Plant, ...] = (), method: str = "") -> None:
+    """kill -9 at a random moment of the run; a fifth of the runs is killed twice, and of these a fifth thrice.
+
+    `once_saved`: as soon as there is a checkpoint, for the control.
+    """
     method = method or method_of(case.index)
     while True:
         run = case.world.start(case.run, method, witness(case), *mutant)
-        time.sleep(case.world.seconds[method] * case.draw.uniform(*part))
+        if once_saved:
+            while not valid(case.run) and not run.over():
+                time.sleep(0.005)
+        else:
+            time.sleep(case.world.seconds[method] * case.draw.uniform(0.0, 1.05))
         run.signal(signal.SIGKILL)
         run.wait()
         must_have_kept(case)
@@ -122,7 +127,7 @@ ROWS = [
     Row(
         "kill -9 at a random moment",
         kill_at_random,
-        partial(kill_at_random, part=(0.6, 0.8), mutant=(mutants.forget_moments,), method=METHODS[0]),
+        partial(kill_at_random, once_saved=True, mutant=(mutants.forget_moments,), method=METHODS[0]),
         full=100,
         pr=8,
     ),
@@ -137,7 +142,7 @@ ROWS = [
     Row(
         "kill -9 inside other writes",
         kill_inside_other_writes,
-        partial(kill_inside_other_writes, of=".part", mutant=(mutants.no_sweep,)),
+        partial(kill_inside_other_writes, of="write .run.json", mutant=(mutants.no_sweep,)),
         full=40,
         pr=6,
         controls=8,
