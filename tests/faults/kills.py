@@ -74,17 +74,20 @@ def kill_at_point(case: Case, method: str, at: int, mutant: tuple[Plant, ...]) -
     must_go_on(case, method, *mutant)
 
 
-def cut_power_inside_a_save(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
-    """A power cut at one of those calls: what no fsync has made safe is lost. See power.py."""
+def cut_power(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
+    """A power cut inside a save, in turns with one inside another write or at the end of the run: what no fsync has
+    made safe is lost. See power.py."""
     method = method_of(case.index)
-    points = case.world.points[method]
-    at = case.draw.choice([n for n, line in enumerate(points, start=1) if " checkpoints" in line])
-    note, saves = noter(case), []
+    saves, others = [], [0]
+    for number, line in enumerate(case.world.points[method], start=1):
+        (saves if " checkpoints" in line else others).append(number)
+    at = case.draw.choice(others if case.index % 3 == 2 else saves) if case.index % 12 != 11 else 0
+    note, seen = noter(case), []
 
     def noted(point: Point) -> None:
         if is_save(point):
-            saves.append(point)
-        if len(saves) > 1:  # so the one before should have been made safe
+            seen.append(point)
+        if len(seen) > 1:  # so the one before should have been made safe
             note()
 
     draw = random.Random(case.draw.random())
@@ -148,11 +151,11 @@ ROWS = [
         controls=8,
     ),
     Row(
-        "power cut inside a save",
-        cut_power_inside_a_save,
-        partial(cut_power_inside_a_save, mutant=(mutants.no_fsync,)),
-        full=60,
-        pr=6,
+        "power cut",
+        cut_power,
+        partial(cut_power, mutant=(mutants.no_fsync,)),
+        full=96,
+        pr=12,
         controls=8,
     ),
 ]

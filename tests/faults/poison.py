@@ -124,7 +124,7 @@ def must_be_unmoved(case: Case, steps: int) -> None:
 
 
 ROWS = [
-    Row("steps with NaN or inf", poison_steps, partial(poison_steps, mutant=(mutants.blind,)), full=16, pr=4),
+    Row("steps with NaN or inf", poison_steps, partial(poison_steps, mutant=(mutants.blind,)), full=20, pr=4),
     Row(
         "three of them in a row",
         poison_three_in_a_row,

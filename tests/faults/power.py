@@ -5,6 +5,7 @@ that was written and not fsynced is cut or zeroed, and names that were made, mov
 been fsynced since are as they were.
 """
 
+import atexit
 import contextlib
 import os
 import random
@@ -30,7 +31,7 @@ class Disk:
                 self.undo_in(parent, name, REAL["rmdir"])
             case "open" if not os.path.lexists(point.path):
                 self.undo_in(parent, name, REAL["unlink"])
-            case "write":
+            case "write" | "pwrite" | "writev" | "sendfile" | "copy_file_range":
                 self.safe_length.setdefault(os.stat(point.path).st_ino, os.path.getsize(point.path))
             case "rmdir":
                 self.removed_folder(parent, name, os.stat(point.path).st_ino)
@@ -43,9 +44,9 @@ class Disk:
 
     def after(self, point: Point) -> None:
         match point.name:
-            case "open" | "truncate" | "ftruncate":
+            case "open" | "truncate" | "ftruncate":  # what was there before is gone from it
                 size, inode = os.path.getsize(point.path), os.stat(point.path).st_ino
-                if size < self.safe_length.get(inode, size + 1) and (size == 0 or inode in self.safe_length):
+                if size < self.safe_length.get(inode, 1):
                     self.safe_length[inode] = size
             case "fsync" | "fdatasync":
                 inode = os.stat(point.path).st_ino
@@ -108,7 +109,8 @@ class Disk:
 def fail_power_at(
     number: int, run: Path, stash: Path, draw: random.Random, noted: Callable[[Point], None]
 ) -> Callable[[], None]:
-    """The plant that cuts the power at the n-th point under `run`; `noted` is told of each point before."""
+    """The plant that cuts the power at the n-th point under `run`, or (0) when the run has come to its end; `noted` is
+    told of each point before."""
     stash.mkdir(parents=True, exist_ok=True)
     disk = Disk(run, stash, draw)
 
@@ -118,4 +120,9 @@ def fail_power_at(
         noted(point)
         disk.before(point)
 
-    return watch(run, before, disk.after)
+    def plant() -> None:
+        watch(run, before, disk.after)()
+        if number == 0:
+            atexit.register(disk.cut_power)
+
+    return plant

@@ -25,7 +25,7 @@ from typing import Any
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tier", choices=("pr", "full"), default="pr")
-    parser.add_argument("--only", default="", help="rows with this in their name")
+    parser.add_argument("--only", default="", help="rows with this in their name, or in their system's")
     parser.add_argument("--peer", action="store_true", help="also into HF Trainer + PEFT (full tier)")
     parser.add_argument("--out", type=Path, help="a JSON file for the table")
     parser.add_argument("--seed", type=int, default=0)

@@ -39,7 +39,7 @@ class Task:
 
 def inject(world: World, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Make all injections, some at once; yields the table's lines, in order."""
-    chosen = [number for number, row in enumerate(ROWS) if options.only in row.name]
+    chosen = [number for number, row in enumerate(ROWS) if options.only in f"{row.name}, {row.system}"]
     tasks = []
     for number in chosen:
         row = ROWS[number]
@@ -106,7 +106,10 @@ def in_workers(tasks: list[Task], world: World, options: argparse.Namespace) -> 
         if pid == 0:
             os.close(give)
             os.close(take)
-            os._exit(work(numbers, results, tasks, world, options))
+            try:
+                work(numbers, results, tasks, world, options)
+            finally:
+                os._exit(0)  # this is not the process that has the table to print
         workers.append(pid)
     os.close(numbers)
     os.close(results)
@@ -124,14 +127,13 @@ def in_workers(tasks: list[Task], world: World, options: argparse.Namespace) -> 
         os.waitpid(pid, 0)
 
 
-def work(numbers: int, results: int, tasks: list[Task], world: World, options: argparse.Namespace) -> int:
+def work(numbers: int, results: int, tasks: list[Task], world: World, options: argparse.Namespace) -> None:
     while number := os.read(numbers, 4):
         at = int.from_bytes(number, "little")
         started = time.monotonic()
         why = attempt(tasks[at], world, options)
         line = json.dumps([at, why[:800], round(time.monotonic() - started, 2)]) + "\n"
         os.write(results, line.encode())  # short enough to arrive whole
-    return 0
 
 
 def attempt(task: Task, world: World, options: argparse.Namespace) -> str:
