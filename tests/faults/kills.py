@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from points import REAL, Point, die, is_save, watch
 from power import fail_power_at
 from rows import Case, Row, must, must_end_well
 from world import METHODS
+
+KILLED = 128 + signal.SIGKILL
 
 
 def method_of(index: int) -> str:
@@ -33,9 +36,11 @@ def kill_at_random(case: Case, once_saved: bool = False, mutant: tuple[Plant, ..
             while not valid(case.run) and not run.over():
                 time.sleep(0.005)
         else:
-            time.sleep(case.world.seconds[method] * case.draw.uniform(0.0, 1.05))
+            time.sleep(case.world.seconds[method] * case.draw.random())
         run.signal(signal.SIGKILL)
-        run.wait()
+        if run.wait().code != KILLED:  # it was over: too late
+            start_over(case)
+            continue
         must_have_kept(case)
         if case.draw.random() < 0.8:
             break
@@ -69,7 +74,8 @@ def kill_at_point(case: Case, method: str, at: int, mutant: tuple[Plant, ...]) -
         if is_save(point):
             note()
 
-    case.world.run(case.run, method, *mutant, watch(case.run, before, after))
+    ended = case.world.run(case.run, method, *mutant, watch(case.run, before, after))
+    must(ended.code in (KILLED, 0), ended.said())
     must_have_kept(case)
     must_go_on(case, method, *mutant)
 
@@ -95,6 +101,11 @@ def cut_power(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
     case.world.run(case.run, method, cut, *mutant)
     must_have_kept(case)
     must_go_on(case, method, *mutant)
+
+
+def start_over(case: Case) -> None:
+    shutil.rmtree(case.run)
+    (case.folder / "saved").unlink()
 
 
 def noter(case: Case) -> Callable[[], None]:

@@ -8,6 +8,7 @@ asked; of a signal, that within ten seconds there is a checkpoint of the last st
 import io
 import json
 import os
+import shutil
 import signal
 import time
 from functools import cache
@@ -19,7 +20,9 @@ import peer_run
 import torch
 from corruption import HARMS
 from forked import Ended, Lost, Plant, Run
+from kills import KILLED
 from outcome import sha256, tree
+from peer_run import STEPS
 from points import Point, before_call, count_points, die, watch
 from rows import Case, Row, must
 from transformers import Trainer
@@ -67,17 +70,22 @@ def must_go_on(case: Case, *plants: Plant) -> None:
     ended = start(case.world, case.run, *plants).wait()
     must(ended.code == 0, f"started again, it fails: {(ended.err.strip().splitlines() or ['?'])[-1][:200]}")
     try:
-        same = result(case.run) == straight(case.world.folder)[:2]
+        history, weights = result(case.run)
     except (OSError, ValueError) as error:
         raise Lost(f"no result: {error}") from None
-    must(same, "differs silently from the straight run")
+    must(len(history) == STEPS, f"trains {len(history)} steps in place of {STEPS}")
+    must((history, weights) == straight(case.world.folder)[:2], "differs silently from the straight run")
 
 
 def kill_at_random(case: Case) -> None:
-    run = start(case.world, case.run)
-    time.sleep(straight(case.world.folder)[2] * case.draw.uniform(0, 1.05))
-    run.signal(signal.SIGKILL)
-    run.wait()
+    seconds = straight(case.world.folder)[2]
+    while True:
+        run = start(case.world, case.run)
+        time.sleep(seconds * case.draw.random())
+        run.signal(signal.SIGKILL)
+        if run.wait().code == KILLED:
+            break
+        shutil.rmtree(case.run)  # it was over: too late
     must_go_on(case)
 
 
