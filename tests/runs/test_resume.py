@@ -1,5 +1,6 @@
 """A run that stops and goes on is the run that never stopped, bit for bit."""
 
+import errno
 import itertools
 import json
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from minitune import build, checkpoint, files, parallel, peft_format, runs, train
 from minitune import step as steps
-from minitune.errors import Interrupted, UserError
+from minitune.errors import Interrupted, RunFailed, UserError
 from minitune.log import RunLog
 
 ROOT = Path(__file__).parents[2]
@@ -377,8 +378,9 @@ def test_a_signal_during_the_last_save_waits_for_it(
 
     def slow(run: Path, snapshot: checkpoint.Snapshot) -> Path:
         if snapshot.step == 5:
+            time.sleep(0.5)  # the loop is over, and waits for this
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(1.0)
+            time.sleep(0.5)
         return real(run, snapshot)
 
     with monkeypatch.context() as patch:
@@ -390,6 +392,20 @@ def test_a_signal_during_the_last_save_waits_for_it(
     assert not (tmp_path / "run" / "adapter").exists()
     _, facts = start("run", "train.max_steps=5")
     assert facts["finished"] and (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_signal_does_not_hide_that_its_save_failed(
+    start: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(run: Path, snapshot: checkpoint.Snapshot) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        send("step")(patch, 3)
+        patch.setattr(checkpoint, "write", full)
+        with pytest.raises(RunFailed, match="checkpoint 3 could not be written"):
+            start("run", "save.every_steps=100", "eval.every_steps=0")
+    assert "could not be written" in json.loads((tmp_path / "run" / "run.json").read_text())["finish_reason"]
 
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
