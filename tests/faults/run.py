@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="injections at once")
     parser.add_argument("--keep", action="store_true", help="leave the folders of lost runs, and say where they are")
     options = parser.parse_args()
+    if options.peer and options.tier != "full":
+        parser.error("--peer goes with --tier full")
 
     for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):  # read when torch and numpy load
         os.environ[threads] = "1"
@@ -46,6 +49,8 @@ def main() -> int:
         import peer
 
         ROWS += peer.ROWS
+        names = [row.name for row in ROWS]
+        ROWS.sort(key=lambda row: names.index(row.name))  # beside minitune's
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
@@ -71,11 +76,15 @@ def kept(table: list[dict[str, Any]], options: argparse.Namespace) -> dict[str, 
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "tests/faults/run.py", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores CPU, {platform.machine()}",
-        "versions": versions(),
+        "versions": versions() | peer_versions(options),
         "seed": options.seed,
         "tier": options.tier,
         "rows": [{key: value for key, value in line.items() if key != "control_losses"} for line in table],
     }
+
+
+def peer_versions(options: argparse.Namespace) -> dict[str, str]:
+    return {name: version(name) for name in ("transformers", "peft", "accelerate") if options.peer}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import random
 import shutil
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,9 @@ from world import World
 
 FAMILIES = [kills, signals, corruption, nonsense, disk, rotation, poison, folders]
 ROWS: list[Row] = [row for family in FAMILIES for row in family.ROWS]
+
+
+NO_RESULT = ("the harness failed: the process that made the injection died", 0.0)
 
 
 @dataclass(frozen=True)
@@ -53,11 +57,13 @@ def inject(world: World, options: argparse.Namespace) -> Iterator[dict[str, Any]
         ended[task] = why, seconds
         while chosen and all(task in ended for task in waiting[chosen[0]]):
             yield line_of(ROWS[chosen[0]], {task: ended[task] for task in waiting[chosen.pop(0)]})
+    for number in chosen:  # of which something is missing
+        yield line_of(ROWS[number], {task: ended.get(task, NO_RESULT) for task in waiting[number]})
     print(f"{time.monotonic() - started:.0f} s")
 
 
 def line_of(row: Row, ended: dict[Task, tuple[str, float]]) -> dict[str, Any]:
-    lost = {task.index: why for task, (why, _) in ended.items() if why and not task.control}
+    lost = [why for task, (why, _) in ended.items() if why and not task.control]
     controls = [why for task, (why, _) in ended.items() if task.control]
     injected = (len(ended) - len(controls)) * row.weight
     failed = len(lost)
@@ -69,7 +75,7 @@ def line_of(row: Row, ended: dict[Task, tuple[str, float]]) -> dict[str, Any]:
         "failed": failed,
         "control": {"injected": len(controls), "lost": sum(why.startswith("lost") for why in controls)},
         "seconds": round(sum(seconds for _, seconds in ended.values()), 1),
-        "losses": [f"{index}: {why}" for index, why in sorted(lost.items())],
+        "losses": [f"{times} times {why}" for why, times in Counter(lost).most_common()],
         "control_losses": controls,
     }
 
