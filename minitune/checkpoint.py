@@ -45,6 +45,9 @@ HARMLESS = (  # keys that may change between runs: they do not change what is le
     "model.attention",
     "data.train",
     "data.eval",
+    "data.cache",
+    "data.category",
+    "data.checks",
     "train.resume",
     "train.deterministic",
     "train.batch_size",  # the data cursor holds their product

@@ -136,6 +136,7 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
         "digests": data.digests,
         "steps": task.steps,
     }
+    data.write_left_out(folder / "left_out.jsonl")
     files.write_text(folder / "config.toml", dump(cfg))
     runs.note(folder, facts, progress, "not finished")
 

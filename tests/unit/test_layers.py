@@ -20,7 +20,7 @@ FLOORS = [
     ["pretrained", "peft_format", "checkpoint", "saver"],
     ["build", "runs"],
     ["merge", "generate"],
-    ["step", "samples"],
+    ["step", "samples", "preview"],
     ["train"],
     ["scripts"],
 ]
