@@ -15,7 +15,7 @@ from minitune.config import DataConfig
 from minitune.data.chat_template import shows_tools
 from minitune.data.formats import BadRow, Example, RowError, locate, read
 from minitune.data.packing import Corpus
-from minitune.data.templates import Document, document, only_answer, prompt_ids, texts
+from minitune.data.templates import Document, documents, only_answer, prompt_ids, texts
 from minitune.errors import UserError
 from minitune.files import sha256
 from minitune.tokenizer import Tokenizer
@@ -119,24 +119,25 @@ def gather(names: Iterable[str], cfg: DataConfig, tokenizer: Tokenizer) -> Gathe
             continue
         seen.add(row)
         try:
-            whole = document(row, cfg.template, tokenizer, cfg.train_on_prompt)
+            wholes = documents(row, cfg.template, tokenizer, cfg.train_on_prompt)
         except RowError as error:
-            got.bad.append(BadRow(row.origin, str(error)))
+            got.bad.append(BadRow.of(row.origin, error))
             continue
-        if len(whole.ids) <= cfg.max_seq_len:
-            got.items.append((row, whole))
-            continue
-        cut = Document(whole.ids[: cfg.max_seq_len], whole.trained[: cfg.max_seq_len], cut=True)
-        if cfg.overlong == "error":
-            got.overlong.append(BadRow(row.origin, f"{len(whole.ids)} tokens"))
-        elif cfg.overlong == "truncate" and cfg.deduplicate and tuple(cut.ids) in seen_cut:
-            got.duplicates += 1
-        elif cfg.overlong == "truncate" and cut.learns:
-            seen_cut.add(tuple(cut.ids))
-            got.truncated += 1
-            got.items.append((row, cut))
-        else:
-            got.dropped += 1
+        for whole in wholes:
+            if len(whole.ids) <= cfg.max_seq_len:
+                got.items.append((row, whole))
+                continue
+            cut = Document(whole.ids[: cfg.max_seq_len], whole.trained[: cfg.max_seq_len], cut=True)
+            if cfg.overlong == "error":
+                got.overlong.append(BadRow(row.origin, f"{len(whole.ids)} tokens"))
+            elif cfg.overlong == "truncate" and cfg.deduplicate and tuple(cut.ids) in seen_cut:
+                got.duplicates += 1
+            elif cfg.overlong == "truncate" and cut.learns:
+                seen_cut.add(tuple(cut.ids))
+                got.truncated += 1
+                got.items.append((row, cut))
+            else:
+                got.dropped += 1
     return got
 
 

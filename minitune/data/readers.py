@@ -16,7 +16,14 @@ Row = dict[str, Any]
 
 
 class RowError(Exception):
-    """This row cannot be used; the message says why."""
+    """This row cannot be used; the message says why, and `key` where in the row: "messages[2].content"."""
+
+    def __init__(self, reason: str, key: str = "") -> None:
+        super().__init__(reason, key)
+        self.reason, self.key = reason, key
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.reason}" if self.key else self.reason
 
 
 def rows(path: Path) -> Iterator[tuple[str, Row | RowError]]:
