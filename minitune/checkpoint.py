@@ -45,6 +45,9 @@ HARMLESS = (  # keys that may change between runs: they do not change what is le
     "model.attention",
     "data.train",
     "data.eval",
+    "data.cache",
+    "data.category",
+    "data.checks",
     "train.resume",
     "train.deterministic",
     "train.batch_size",  # the data cursor holds their product
@@ -228,7 +231,7 @@ def load(
     if progress.stream != stream.state_at(progress.step):
         raise Damaged("its place in the data is not that of its step")
     trained = read_trained(path, model)
-    moments, numbers = read_tensors(path / "optimizer.safetensors", model), state["optimizer"]
+    moments, numbers = own(model, read_tensors(path / "optimizer.safetensors")), state["optimizer"]
     check_numbers(moments)
     counted = {progress.applied} if progress.applied else optim.updates(moments, numbers) & {0}
     if optim.updates(moments, numbers) != counted:
@@ -251,7 +254,7 @@ def load_trained(path: Path, model: nn.Module) -> None:
 
 def read_trained(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint, which fit the model."""
-    saved = read_tensors(path / "trained.safetensors", model)
+    saved = own(model, read_tensors(path / "trained.safetensors"))
     trained = optim.trained_parameters(model)
     if saved.keys() != trained.keys():
         raise Damaged(f"it trains other parameters: {', '.join(sorted(saved.keys() ^ trained.keys())[:5])}")
@@ -313,10 +316,17 @@ def is_numbers(value: Any) -> bool:
     return isinstance(value, dict) and all(type(x) is int and 0 <= x < 2**53 for x in value.values())
 
 
-def read_tensors(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of a file; of those that are spread over ranks, the rows that are here."""
+def own(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors that are spread over ranks, the rows that are here."""
     try:
-        return sharding.parts(model, load_file(path))
+        return sharding.parts(model, tensors)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise Damaged(f"{path.name} cannot be read: {error}") from None
 

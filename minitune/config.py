@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 import tomli_w
 
 from minitune.errors import UserError
-from minitune.rules import Knob, above, at_least, below, filled, knob, one_of, unrepeated
+from minitune.rules import Knob, above, all_above, at_least, below, filled, knob, one_of, unrepeated
 
 EXAMPLE = Path(__file__).parent / "tiny" / "recipe.toml"  # what runs when no recipe is named
 FULL_LEARNING_RATE = 2e-5  # the default where all weights train
@@ -36,7 +36,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: Annotated[tuple[str, ...], filled()] = ("data/train.jsonl",)  # .json .jsonl .txt files, or "tiny" (built in)
+    train: Annotated[tuple[str, ...], filled()] = (
+        "data/train.jsonl",
+    )  # .json .jsonl .txt .parquet files, hf://, "tiny"
+    weights: Annotated[tuple[float, ...], all_above(0)] = ()  # how often an epoch takes each of them; empty: once
     eval: tuple[str, ...] = ()  # files to evaluate on; empty: hold out eval_fraction
     eval_fraction: Annotated[float, at_least(0), below(1)] = 0.1  # of the documents; not used where eval names files
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = "auto"  # of a row
@@ -47,7 +50,11 @@ class DataConfig:
     packing: bool = True  # several documents to a row; they never see each other
     overlong: Literal["drop", "truncate", "error"] = "drop"  # documents longer than max_seq_len
     bad_rows: Literal["error", "skip"] = "error"  # rows that cannot be read, or have nothing to learn
-    deduplicate: bool = True  # keep one of equal documents
+    deduplicate: bool = True  # keep one of equal documents, and train on none that is in eval
+    near_duplicates: Literal["report", "remove", "off"] = "report"  # rows that say nearly the same
+    checks: Literal["error", "warn"] = "error"  # what to do about data that can hardly be meant
+    category: str = ""  # the column to count rows by; empty: by their first words
+    cache: Annotated[str, filled()] = "auto"  # the folder to keep tokenised data in; auto: the user's cache; none
 
 
 @dataclass(frozen=True)
@@ -165,6 +172,8 @@ def contradictions(cfg: Config, given: dict[str, str]) -> Iterator[tuple[tuple[s
         yield ("eval.samples", "data.format"), "raw text has no prompts to be answered; set eval.samples=0"
     if cfg.data.template != "auto" and cfg.data.format == "text":
         yield ("data.template", "data.format"), "raw text goes into no template; leave it at auto"
+    if cfg.data.weights and len(cfg.data.weights) != len(cfg.data.train):
+        yield ("data.weights", "data.train"), "one weight for each file of train, or none at all"
     if len(set(cfg.data.columns.values())) < len(cfg.data.columns):
         yield ("data.columns",), "two columns are given one name"
     if cfg.model.attention in ("flash", "varlen") and cfg.model.dtype == "float32":

@@ -34,9 +34,9 @@ def load(folder: str | Path, dtype: str = "float32", device: str | torch.device 
     return model.eval()
 
 
-def find(path: str, revision: str = "") -> Path:
-    """The folder of `model.path`: "tiny", a local folder, or a Hub id, which is downloaded (safetensors, JSON and
-    tokenizer files alone)."""
+def find(path: str, revision: str = "", weights: bool = True) -> Path:
+    """The folder of `model.path`: "tiny", a local folder, or a Hub id, which is downloaded (JSON and tokenizer files
+    and, if `weights` are wanted, safetensors)."""
     if path == "tiny":
         return TINY
     if Path(path).is_dir():
@@ -46,7 +46,7 @@ def find(path: str, revision: str = "") -> Path:
 
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+    patterns = ["*.json", "tokenizer.model", "*.jinja", *["*.safetensors"] * weights]
     try:
         return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*"))
     except errors.GatedRepoError:

@@ -141,6 +141,7 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
         "steps": task.steps,
     }
     if parallel.is_first():
+        data.write_left_out(folder / "left_out.jsonl")
         files.write_text(folder / "config.toml", dump(cfg))
     runs.note(folder, facts, progress, "not finished")
 

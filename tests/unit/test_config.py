@@ -30,6 +30,7 @@ attention = "auto"
 dense_weights = "auto"
 [data]
 train = ["data/train.jsonl"]
+weights = []
 eval = []
 eval_fraction = 0.1
 format = "auto"
@@ -41,6 +42,10 @@ packing = true
 overlong = "drop"
 bad_rows = "error"
 deduplicate = true
+near_duplicates = "report"
+checks = "error"
+category = ""
+cache = "auto"
 [lora]
 variant = "lora"
 r = 16
@@ -149,6 +154,7 @@ def test_overrides_win_and_the_last_one_does(load):
         ("data.train=123", ("123",)),
         ('data.train="a.jsonl"', ("a.jsonl",)),
         ('data.train=["a.jsonl", "b.jsonl"]', ("a.jsonl", "b.jsonl")),
+        ("data.weights=[2]", (2,)),
         ('data.columns={ question = "instruction" }', {"question": "instruction"}),
         ("data.packing=false", False),
         ("optim.learning_rate=1", 1),

@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[2]
 FLOORS = [
     ["__init__", "errors", "files", "seeds", "rules", "config", "progress", "digests"],
     ["launch", "watch"],
-    ["kernels", "surgery", "attention", "loss", "sentencepiece_model", "tokenizer", "model", "shards"],
-    ["log", "signals", "lock", "trouble"],
+    ["kernels", "surgery", "attention", "loss", "sentencepiece_model", "tokenizer", "log", "model", "shards"],
+    ["signals", "lock", "trouble"],
     ["nf4", "precision", "masters", "optim", "offload", "parallel", "data", "sharding"],
     ["adapters"],
     ["byhand", "plan"],
     ["pretrained", "peft_format", "checkpoint", "saver"],
     ["build", "runs"],
     ["merge", "generate"],
-    ["step", "samples"],
+    ["step", "samples", "preview"],
     ["train"],
     ["scripts"],
 ]
