@@ -53,7 +53,7 @@ def test_half_a_launch_is_refused(changes: dict[str, str], says: str, monkeypatc
 
 
 def test_each_process_needs_a_gpu() -> None:
-    with pytest.raises(UserError, match="8 processes were started on a machine with 4 GPUs.*--nproc-per-node 4"):
+    with pytest.raises(UserError, match=r"8 processes were started on a machine with 4 GPUs.*--nproc-per-node 4"):
         launch.check(Place(0, 8, 0, 8), gpus=4)
     launch.check(Place(0, 8, 0, 8), gpus=8)
     launch.check(Place(0, 8, 0, 8), gpus=0)
