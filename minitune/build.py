@@ -7,6 +7,7 @@ import torch
 from minitune import adapters, attention, byhand, nf4, parallel, plan, pretrained, sharding
 from minitune.byhand import Keep
 from minitune.config import Config
+from minitune.errors import UserError
 from minitune.kernels import launch
 from minitune.model import Llama, LlamaConfig
 from minitune.offload import HostMemory
@@ -58,6 +59,11 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
     if parallel.world() > 1:
         how += f", {parallel.world()} processes, {how_spread}"
     if how_spread != "replicate":
+        if cfg.method == "full" and cfg.optim.name == "paged_adamw_8bit" and device.type == "cuda":
+            raise UserError(
+                "optim.name: 8-bit moments have a scale for every 256 numbers, which ranks would cut anywhere; set it "
+                "to paged_adamw_32bit where parallel.sharding is not replicate"
+            )
         sharding.shard(model, how_spread, device)
     parts = [
         f"{sum(p.numel() for p in trained):,} parameters train",

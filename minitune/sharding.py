@@ -193,7 +193,6 @@ def share(parameter: nn.Parameter) -> nn.Parameter:
     if not hasattr(parameter, "share"):
         parameter.share = nn.Parameter(local(parameter))
         parameter.share.grad_dtype = torch.float32
-        parameter.share.whole_numbers = parameter.numel()
     return parameter.share
 
 

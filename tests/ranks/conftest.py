@@ -149,7 +149,7 @@ def recipe(tmp_path: Path, base: Path, rows: Path) -> Path:
         alpha = 4
         dropout = 0.0
         [optim]
-        learning_rate = 5e-3
+        learning_rate = 2e-3
         [train]
         num_epochs = 1
         batch_size = 2

@@ -162,3 +162,15 @@ def ways(arguments: list[str], out: str) -> None:
             chosen[shards] = build.compose(cfg, base, device)[1]
         if parallel.is_first():
             Path(out).write_text(json.dumps(chosen))
+
+
+def train_wrong(arguments: list[str], mistake: str) -> None:
+    """A run with one of the mistakes that the numbers must show."""
+    match mistake:
+        case "each rank divides by its own tokens":
+            parallel.total = lambda number: number * parallel.world()
+        case "gradients are not summed":
+            sharding.whole_gradients = lambda model: []
+        case "clipped by this rank's part":
+            sharding.joint_norm = lambda model, norm: norm
+    train(arguments)

@@ -28,7 +28,7 @@ def assert_same(run: Path, other: Path) -> None:
     weights = made(other)
     assert made(run).keys() == weights.keys()
     for name, weight in made(run).items():
-        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=f"{name} differs")
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("sharding", ["replicate", "full", "hybrid"])
@@ -52,3 +52,21 @@ def test_ranks_change_nothing(method: str, sharding: str, launch: Launch, recipe
         assert ended.codes == [0] * split[0], "\n".join(ended.logs)
         assert_same(tmp_path / "alone", out)
         assert "all steps done" in ended.logs[0] and not ended.logs[1]  # the first alone speaks
+
+
+@pytest.mark.parametrize(
+    ("mistake", "keys"),
+    [
+        ("each rank divides by its own tokens", ["method=lora"]),
+        ("gradients are not summed", ["method=lora"]),
+        ("clipped by this rank's part", ["method=full", "parallel.sharding=full"]),
+    ],
+)
+def test_mistakes_would_be_seen(mistake: str, keys: list[str], launch: Launch, recipe: Path, tmp_path: Path) -> None:
+    arguments = [str(recipe), *keys, "train.max_steps=2", "eval.every_steps=0"]
+    assert launch(1, jobs.train, [*arguments, f"out={tmp_path / 'alone'}"]).codes == [0]
+    arguments += [*over(SPLITS["two ranks"]), f"out={tmp_path / 'wrong'}"]
+    ended = launch(2, jobs.train_wrong, arguments, mistake)
+    assert ended.codes == [0, 0], ended.logs
+    ours, theirs = (torch.tensor(curve(tmp_path / run)["grad_norm"]) for run in ("alone", "wrong"))
+    assert ((ours - theirs).abs() > 1e-3 * ours).any()
