@@ -16,9 +16,12 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 
+from minitune import secrets
 from minitune.errors import UserError
+from minitune.foreign import read_bytes
 from minitune.rules import Knob, above, at_least, below, filled, knob, one_of, unrepeated
 
+LONGEST = 1_000_000  # bytes of a recipe
 EXAMPLE = Path(__file__).parent / "tiny" / "recipe.toml"  # what runs when no recipe is named
 FULL_LEARNING_RATE = 2e-5  # the default where all weights train
 LORA_VARIANTS = ("lora",)  # those in minitune/adapters; a new one adds its name
@@ -216,6 +219,7 @@ def load_config(arguments: list[str]) -> Config:
     settings = [(str(recipe), key, value) for key, value in flat(table)]
     settings += [(COMMAND_LINE, key, value) for key, value in overrides]
     for place, key, value in settings:
+        secrets.note(key, value)
         if complaint := what_is_wrong(key, value):
             problems.append((place, f"{key}: {complaint}"))
             wrong.add(key)
@@ -236,7 +240,7 @@ def load_config(arguments: list[str]) -> Config:
 
 def dump(cfg: Config) -> str:
     """The whole recipe as TOML; load_config reads it back to an equal Config."""
-    return tomli_w.dumps(asdict(cfg))
+    return tomli_w.dumps(secrets.hidden_in(asdict(cfg)))
 
 
 def usage() -> str:
@@ -288,9 +292,9 @@ def read_value(text: str, kind: type) -> Any:
 def read_recipe(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The TOML of a file, and what keeps it from being read."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig")), []
-    except OSError as error:
-        problem = f"this recipe cannot be read ({error.strerror}); a key is set as key.path=value"
+        return tomllib.loads(read_bytes(path, LONGEST).decode("utf-8-sig")), []
+    except UserError as error:
+        return {}, [(str(path), f"this recipe cannot be read ({error}); a key is set as key.path=value")]
     except UnicodeDecodeError as error:
         problem = f"this recipe is not UTF-8 text (byte {error.start})"
     except (ValueError, RecursionError) as error:

@@ -7,11 +7,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
+from minitune import secrets
 from minitune.errors import UserError
+from minitune.foreign import read_json as read_json  # what is read here was written here, or says that it was
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -33,7 +34,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(secrets.hidden_in(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -90,19 +91,6 @@ def make_folder(path: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"{path} cannot be written to: {error.strerror}") from None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the user's."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError:
-        raise UserError(f"{path} is missing or cannot be read") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
 
 
 def sync(path: Path) -> None:

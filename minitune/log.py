@@ -9,7 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minitune import files
+from minitune import files, secrets
 
 
 class RunLog:
@@ -42,7 +42,7 @@ class RunLog:
     def metrics(self, step: int, **values: float | str) -> None:
         """One line of metrics.jsonl, one point of each TensorBoard curve. NaN and infinities become null."""
         whole = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **whole}) + "\n")
+        self.file.write(json.dumps(secrets.hidden_in({"step": step, **whole})) + "\n")
         self.file.flush()
         if self.board:
             for name, value in values.items():
@@ -57,7 +57,7 @@ class RunLog:
 
 def say(line: str) -> None:
     """A line for the person watching, above any progress bar."""
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(secrets.hidden(line), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -14,8 +14,10 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
+from minitune import tokenizer_bounds as bounds
 from minitune.errors import UserError
-from minitune.files import read_json
+from minitune.foreign import inside, read_bytes, read_json, read_text
+from minitune.shards import LARGEST_COMPANION
 
 CONFIG = "tokenizer_config.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -41,18 +43,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with no bos or eos around it. A special token written in the text becomes its id."""
-        return self.engine.encode(text, add_special_tokens=False).ids
+        return ids_by(self.engine, text)
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that goes on after another: without the space that some tokenizers put at a beginning.
 
         `decode(ids + encode_continuation(text))` is `decode(ids) + text`, where ids decode to some text.
         """
-        return self.continuation.encode(text, add_special_tokens=False).ids
+        return ids_by(self.continuation, text)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """The text of ids, its spaces left alone; special tokens are left out unless `skip_special` is False."""
         return self.engine.decode(ids, skip_special_tokens=skip_special)
+
+
+def ids_by(engine: Engine, text: str) -> list[int]:
+    try:
+        return engine.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what the library raises where its regular expressions give up
+            raise
+        raise UserError(f"the tokenizer's pattern gives up on a text of {len(text):,} characters: {error}") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -63,7 +74,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises UserError where both files are missing, one does not parse, or no eos can be found.
     """
     config = read_tokenizer_config(folder)
-    model, generation = read_object(folder / "config.json"), read_object(folder / "generation_config.json")
+    model, generation = read_object(folder, "config.json"), read_object(folder, "generation_config.json")
     vocabulary = read_vocabulary(folder)
     if (config.get("tokenizer_class") or model.get("tokenizer_class")) in LLAMA_CLASSES:
         vocabulary = as_llama(vocabulary, config)
@@ -120,11 +131,11 @@ def puts_bos(engine: Engine, bos_id: int, config: dict[str, Any], vocabulary: "V
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; in a folder older than its key added_tokens_decoder, with the two files that came before:
     special_tokens_map.json, which wins, and added_tokens.json."""
-    config = read_object(folder / CONFIG)
+    config = read_object(folder, CONFIG)
     if "added_tokens_decoder" in config:
         return config
-    config |= read_object(folder / "special_tokens_map.json")
-    texts = read_object(folder / "added_tokens.json")
+    config |= read_object(folder, "special_tokens_map.json")
+    texts = read_object(folder, "added_tokens.json")
     special = [text_of(value, folder) for value in [*named_tokens(config, folder).values(), *extra_tokens(config)]]
     flags = {id: {"content": text, "special": text in special} for text, id in texts.items()}
     return config | {"added_tokens_decoder": flags}
@@ -162,7 +173,7 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja; else the template in tokenizer_config.json, of several the one named "default"."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return read_text(path)
+        return read_text(inside(folder, path.name))
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -172,16 +183,10 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file."""
-    return read_json(path) if path.exists() else {}
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a folder; an empty one where there is no such file."""
+    path = folder / name
+    return read_json(inside(folder, name), LARGEST_COMPANION) if path.exists() or path.is_symlink() else {}
 
 
 # -- the vocabulary
@@ -199,9 +204,9 @@ class Vocabulary:
 
 def read_vocabulary(folder: Path) -> Vocabulary:
     if (folder / "tokenizer.json").exists():
-        return Vocabulary(folder / "tokenizer.json", read_object(folder / "tokenizer.json"), {}, [])
+        return Vocabulary(folder / "tokenizer.json", read_object(folder, "tokenizer.json"), {}, [])
     if (folder / "tokenizer.model").exists():
-        return read_sentencepiece(folder / "tokenizer.model")
+        return read_sentencepiece(inside(folder, "tokenizer.model"))
     found = ""
     if (folder / "vocab.json").exists():
         found = "; vocab.json and merges.txt are not enough"
@@ -217,7 +222,7 @@ def read_sentencepiece(path: Path) -> Vocabulary:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     try:
-        model = ModelProto.FromString(path.read_bytes())
+        model = ModelProto.FromString(read_bytes(path, bounds.SENTENCEPIECE))
     except DecodeError:
         model = ModelProto()
     spec = model.trainer_spec
@@ -226,6 +231,8 @@ def read_sentencepiece(path: Path) -> Vocabulary:
     if spec.model_type != spec.BPE:
         raise UserError(f"{path} is not a BPE model, the one kind of sentencepiece model that is supported")
 
+    if len(model.pieces) > bounds.TOKENS or sum(len(piece.piece) for piece in model.pieces) > bounds.SPLITS:
+        raise UserError(f"{path} holds more or longer pieces than any vocabulary has")
     normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     if charsmap := model.normalizer_spec.precompiled_charsmap:
         encoded = base64.b64encode(charsmap).decode()
@@ -332,10 +339,14 @@ def strip_prefix(part: Any) -> Any:
 
 
 def build(state: dict[str, Any], path: Path) -> Engine:
+    bounds.check(state, path)
     try:
         engine = Engine.from_str(json.dumps(state))
-    except Exception as error:  # the library raises nothing more exact
-        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing more exact, and where it panics, no Exception
+        why = bounds.shown(str(error))
+        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {why}") from None
     engine.no_truncation()
     engine.no_padding()
     return engine
