@@ -21,7 +21,7 @@ from minitune.errors import UserError
 from minitune.foreign import read_bytes
 from minitune.rules import Knob, above, at_least, below, filled, knob, one_of, unrepeated
 
-LONGEST = 1_000_000  # bytes of a recipe
+LONGEST, DEEPEST = 1_000_000, 1000  # bytes of a recipe, and parts of a key in it
 EXAMPLE = Path(__file__).parent / "tiny" / "recipe.toml"  # what runs when no recipe is named
 FULL_LEARNING_RATE = 2e-5  # the default where all weights train
 LORA_VARIANTS = ("lora",)  # those in minitune/adapters; a new one adds its name
@@ -292,7 +292,10 @@ def read_value(text: str, kind: type) -> Any:
 def read_recipe(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The TOML of a file, and what keeps it from being read."""
     try:
-        return tomllib.loads(read_bytes(path, LONGEST).decode("utf-8-sig")), []
+        text = read_bytes(path, LONGEST).decode("utf-8-sig")
+        if any(key.count(".") > DEEPEST for line in text.split("\n") for key in line.split("=")[:-1]):
+            raise ValueError(f"a key of more than {DEEPEST} parts")  # each part costs the parser all those before it
+        return tomllib.loads(text), []
     except UserError as error:
         return {}, [(str(path), f"this recipe cannot be read ({error}); a key is set as key.path=value")]
     except UnicodeDecodeError as error:

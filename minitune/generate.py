@@ -148,13 +148,16 @@ def open_model(path: str) -> tuple[Llama, Tokenizer, Config | None]:
         model = build_model(cfg, base, device)
         peft_format.load(folder / "adapter", model)
         return model.eval(), load_tokenizer(base), cfg
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    lora = None
     if (folder / peft_format.CONFIG).exists():
         lora, where = peft_format.read_config(folder)
         base = pretrained.find(where.path, where.revision)
-        model = pretrained.load(base, dtype, device)
+    else:
+        base = pretrained.find(path)
+    tokenizer = load_tokenizer(base)
+    pretrained.check_fits(pretrained.read_config(base), 1, tokenizer.vocab_size)
+    model = pretrained.load(base, "bfloat16" if device.type == "cuda" else "float32", device)
+    if lora is not None:
         adapters.attach(model, lora)
         peft_format.load(folder, model)
-        return model.eval(), load_tokenizer(base), None
-    base = pretrained.find(path)
-    return pretrained.load(base, dtype, device), load_tokenizer(base), None
+    return model.eval(), tokenizer, None

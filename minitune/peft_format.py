@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from minitune import files
 from minitune.adapters import ADAPTERS, adapters, last_name
-from minitune.config import LoRAConfig, ModelConfig
+from minitune.config import LINEARS, LoRAConfig, ModelConfig
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
 from minitune.header import open_tensors, read_header
@@ -144,6 +144,13 @@ def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
         raise UserError(f"{path}: base_model_name_or_path is missing, so the base of this adapter is unknown")
     if not isinstance(revision, str):
         raise UserError(f"{path}: revision is {revision!r} where a branch, tag or commit is needed")
+    if unknown := sorted({last_name(target) for target in targets} - {*LINEARS, "lm_head"}):
+        raise UserError(
+            f"{path}: target_modules names {', '.join(unknown)[:200]}, which no linear of a Llama is called"
+        )
+    for name, entry in read_header(inside(folder, WEIGHTS)).items():  # before anything takes memory for this rank
+        if name.endswith(".lora_A.weight") and entry.shape[:1] != (r,):
+            raise UserError(f"{path} says r = {r}, but {name} in {WEIGHTS} is {entry.shape}")
     names = tuple(sorted({last_name(target) for target in targets}))
     lora = LoRAConfig(variant=variant, r=r, alpha=alpha, dropout=0.0, target_modules=names)
     return lora, ModelConfig(path=base, revision=revision)

@@ -157,8 +157,9 @@ def extra_tokens(config: dict[str, Any]) -> list[Any]:
 def text_of(token: Any, folder: Path) -> str:
     """The text of a token, which the files write as a string or as an object with its "content"."""
     text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise UserError(f"{folder}: {CONFIG} or special_tokens_map.json holds {token!r} where a token's text should be")
+    if not bounds.is_text(text):
+        holds = f"holds {bounds.shown(token)} where a token's text should be"
+        raise UserError(f"{folder}: {CONFIG} or special_tokens_map.json {holds}")
     return text
 
 
@@ -310,11 +311,15 @@ def tokens_to_add(
         if token.content not in known:
             tokens.append(token)
             known.add(token.content)
+    if len(tokens) > bounds.ADDED:
+        raise UserError(f"{folder / CONFIG} adds {len(tokens):,} tokens; {bounds.ADDED:,} are the most")
     return tokens
 
 
 def added_token(token: Any, names: dict[str, str], folder: Path) -> AddedToken:
     flags = {flag: token[flag] for flag in FLAGS if flag in token} if isinstance(token, dict) else {"special": True}
+    if not all(isinstance(value, bool) for value in flags.values()):
+        raise UserError(f"{folder}: the flags of the token {bounds.shown(token)} must be true or false")
     added = AddedToken(text_of(token, folder), **flags)
     added.special = added.special or added.content in names.values()
     return added

@@ -4,6 +4,7 @@ The library takes any description that parses: a normalizer that makes a megabyt
 that tries 2^n ways, tokens without end. Descriptions in use are far inside the bounds here.
 """
 
+import base64
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,8 @@ def problems_of_part(part: dict[str, Any], stage: str) -> Iterator[str]:
         value = part.get(key)
         if isinstance(value, str) and len(value) > CONTENT:
             yield f"{stage}: {key} of {shown(kind)} has {len(value):,} characters; {CONTENT} are the most"
+    if kind == "Precompiled" and (why := trouble_in_charsmap(part.get("precompiled_charsmap"))):
+        yield f"{stage}: precompiled_charsmap {why}"
     pattern = part.get("pattern")
     expression = pattern.get("Regex") if isinstance(pattern, dict) else None
     if isinstance(expression, str) and (why := trouble_in(expression)):
@@ -142,6 +145,21 @@ def trouble_in(expression: str) -> str:
         return "repeats a letter thousands of times"
     if any(len(re.findall(r"[*+]|,\}", branch)) > REPEATS for branch in letters.split("|")):
         return f"repeats letters more than {REPEATS} times in one branch"
+    return ""
+
+
+def trouble_in_charsmap(encoded: Any) -> str:
+    """Why sentencepiece's table of normalised letters is none, or empty: four bytes say how long a trie is, then come
+    the trie, of four bytes a node, and the texts that it leads to, a NUL after each."""
+    try:
+        table = base64.b64decode(encoded or "", validate=True)
+    except (ValueError, TypeError):
+        return "is no base64 text"
+    length = int.from_bytes(table[:4], "little")
+    if table and (length % 4 or length > len(table) - 4):
+        return "is cut short, or none at all"
+    if any(len(text) > 4 * CONTENT for text in table[4 + length :].split(b"\0")):
+        return f"makes more than {CONTENT} characters of one"
     return ""
 
 
