@@ -1,75 +1,58 @@
-"""The sha256 of large files, remembered: a base of 140 GB takes minutes to read, and its bytes are what it is.
+"""sha256 of large files, remembered: the weights of an 8B model take a minute to read, and rarely change.
 
-What is remembered lies in the user's own cache folder, and counts only for a file of the same place, size, inode and
-times. The time of an inode's last change (ctime) is the system's to set: whoever rewrites a file and puts its other
-times back still moves it. A folder that others can write to, or that another user owns, is not used.
+A digest is looked up by the file's path, device, inode, size and the times of its last change. Of these the system
+sets ctime itself at every write, and no program can put it back; so a file that looks the same has the same bytes,
+short of writing to the raw disk or setting the machine's clock back. A file that changed within the last seconds is
+not remembered, since clocks have ticks. The cache is the user's own, and what others could have written there is not
+believed.
 """
 
-import json
+import contextlib
+import hashlib
 import os
 import stat
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from minitune import files
-from minitune.errors import UserError
-from minitune.foreign import read_json
 
-SMALL = 20_000_000  # bytes; up to here a file is read anew each time
-SETTLED = 5  # seconds after its last change from which a file's times tell it from a later version
+SMALL = 50_000_000  # bytes; such files are always read
+TICK = 3.0  # seconds; network file systems count in whole ones
 
 
-def of_file(path: Path) -> str:
-    """Hex sha256 of all bytes of a file, read or remembered."""
-    before = os.stat(path)
-    if before.st_size <= SMALL:
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes, read or remembered."""
+    before = looks(path)
+    if os.stat(path).st_size <= SMALL:
         return files.sha256(path)
-    key = f"{os.path.realpath(path)}\0{identity(before)}"
-    known = remembered()
-    if key in known:
-        return known[key]
+    remembered = folder() / hashlib.sha256(before.encode()).hexdigest()
+    with contextlib.suppress(OSError, ValueError):
+        digest = files.read_plain(remembered, 64).decode("ascii")
+        if len(digest) == 64 and own(remembered.parent):
+            return digest
     digest = files.sha256(path)
-    after = os.stat(path)
-    if identity(after) != identity(before):
-        raise UserError(f"{path} was changed while it was read; run again when it is whole")
-    if time.time() - max(after.st_mtime, after.st_ctime) > SETTLED:
-        remember(key, digest)
+    changed = max(os.stat(path).st_ctime, os.stat(path).st_mtime)
+    if looks(path) == before and time.time() - changed > TICK:
+        with contextlib.suppress(OSError):  # a full or read-only home costs time and nothing else
+            files.make_parents(remembered.parent)
+            os.chmod(remembered.parent, 0o700)
+            files.write_text(remembered, digest)
     return digest
 
 
-def identity(found: os.stat_result) -> str:
-    return f"{found.st_dev} {found.st_ino} {found.st_size} {found.st_mtime_ns} {found.st_ctime_ns}"
+def looks(path: Path) -> str:
+    """What differs whenever the bytes of a file may."""
+    of = os.stat(path)
+    return repr((os.path.realpath(path), of.st_dev, of.st_ino, of.st_size, of.st_mtime_ns, of.st_ctime_ns))
 
 
-def store() -> Path | None:
-    """The file of what is remembered, in a folder of this user's alone; None where there can be none."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        folder = (Path(home) if os.path.isabs(home) else Path.home() / ".cache") / "minitune"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        found = os.lstat(folder)
-    except (OSError, RuntimeError):
-        return None
-    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-    return folder / "digests.json" if private else None
+def own(path: Path) -> bool:
+    """Whether a folder is one that nobody but this user (and root) can write to."""
+    of = os.lstat(path)
+    return of.st_uid == os.getuid() and not of.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
-def remembered() -> dict[str, str]:
-    path = store()
-    try:
-        known = read_json(path) if path else {}
-    except UserError:  # there is none yet, or a damaged one, which the next digest replaces
-        return {}
-    return {key: value for key, value in known.items() if isinstance(value, str) and len(value) == 64}
-
-
-def remember(key: str, digest: str) -> None:
-    """Best effort: two runs at once may forget one another's, and a full disk must not end a run."""
-    path = store()
-    if path is None:
-        return
-    place = key.split("\0")[0]
-    known = {other: value for other, value in remembered().items() if other.split("\0")[0] != place}
-    with suppress(OSError):
-        files.write_text(path, json.dumps(known | {key: digest}))
+def folder() -> Path:
+    """Where digests are remembered, a file each."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "minitune" / "sha256"

@@ -13,8 +13,11 @@ class UserError(Exception):
     where it is and what to do; the program prints it without a traceback and exits with 2."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it did so in order. `signum` gives the exit code 128 + signum."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop, and it did so in order. `signum` gives the exit code 128 + signum.
+
+    No Exception, as KeyboardInterrupt is none: what a library does about its errors must not swallow it.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)

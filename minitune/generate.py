@@ -36,6 +36,8 @@ def generate(
     """
     if not all(prompts):
         raise UserError("the prompt is empty, and this tokenizer puts nothing before it; give some text")
+    if (highest := max(map(max, prompts))) >= model.config.vocab_size:
+        raise UserError(f"the prompt holds the id {highest}, and the model knows only {model.config.vocab_size} tokens")
     longest = max(len(prompt) for prompt in prompts)
     room = model.config.max_position_embeddings - longest
     if room < max_new_tokens:
@@ -155,7 +157,6 @@ def open_model(path: str) -> tuple[Llama, Tokenizer, Config | None]:
     else:
         base = pretrained.find(path)
     tokenizer = load_tokenizer(base)
-    pretrained.check_fits(pretrained.read_config(base), 1, tokenizer.vocab_size)
     model = pretrained.load(base, "bfloat16" if device.type == "cuda" else "float32", device)
     if lora is not None:
         adapters.attach(model, lora)

@@ -277,7 +277,7 @@ def fingerprint(folder: Path) -> dict[str, str]:
     """Digests of what a base is: of its config.json and weights, every byte of them, and of its tokenizer's files."""
     weights = hashlib.sha256(read_bytes(inside(folder, "config.json")))
     for path in weight_files(folder):
-        weights.update(f"{path.name} {digests.of_file(path)}".encode())
+        weights.update(f"{path.name} {digests.sha256(path)}".encode())
     tokenizer = hashlib.sha256()
     for name in COMPANIONS:
         if name not in ("config.json", "generation_config.json") and (folder / name).exists():

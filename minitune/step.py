@@ -11,6 +11,7 @@ from minitune.config import Config
 from minitune.data.packing import Batch, Corpus
 from minitune.data.stream import eval_batches
 from minitune.model import Llama
+from minitune.signals import Stop
 from minitune.tokenizer import Tokenizer
 
 
@@ -75,8 +76,11 @@ class Outcomes:
 
 
 @torch.no_grad()
-def evaluate(model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, device: torch.device) -> float:
-    """Mean loss over all loss tokens of a corpus (nats). Draws nothing and leaves the model as it was."""
+def evaluate(
+    model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, device: torch.device, stop: Stop
+) -> float | None:
+    """Mean loss over all loss tokens of a corpus (nats), or None if the run is asked to stop before that is known.
+    Draws nothing and leaves the model as it was."""
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     batches = eval_batches(
         corpus,
@@ -87,6 +91,8 @@ def evaluate(model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, de
     )
     with generate.evaluating(model):
         for batch in batches:
+            if stop:
+                return None
             batch = batch.to(device)
             total += model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)
             tokens += batch.loss_tokens

@@ -605,7 +605,6 @@ def tokenizer_cases() -> list[Case]:
         "an id of -1": lambda s: s["model"]["vocab"].update({"evil": -1}),
         "an id that is a text": lambda s: s["model"]["vocab"].update({"evil": "7"}),
         "an id of two pieces": lambda s: s["model"]["vocab"].update({"evil": 7}),
-        "more ids than the model has rows": lambda s: s["model"]["vocab"].update({f"evil{n}": 2048 + n for n in range(9)}),
         "a piece of 1 MB": lambda s: s["model"]["vocab"].update({"x" * 1_000_000: 2048}),
         "a vocabulary that is a list": lambda s: s["model"].update(vocab=[1, 2]),
         "a vocabulary that is null": lambda s: s["model"].update(vocab=None),
@@ -630,6 +629,8 @@ def tokenizer_cases() -> list[Case]:
         "padding of a wrong kind": lambda s: s.update(padding={"strategy": {"Fixed": 10**30}}),
     }  # fmt: skip
     cases = [Case(f"tokenizer.json: {name}", "model", tokenizer(change), "tokenizer") for name, change in state.items()]
+    more = tokenizer(lambda s: s["model"]["vocab"].update({f"evil{n}": 2048 + n for n in range(9)}))
+    cases.append(Case("tokenizer.json: more ids than the model has rows", "training", more, "do not belong together"))
     patterns = {
         "(a+)+$": "(a+)+$", "(a|a)*b": "(a|a)*b", "(a|aa)+$": "(a|aa)+$", "nested counts": "(a{1,1000}){1,1000}c", "counts in a row": "a{1,3}{1,900}{1,900}b",
         "a reference back": r"(a*)\1*b", "a count of a million": "a{1000000}", "six repetitions": "a*a*a*a*a*a*b", "a lookahead repeated": "(?=(a+))*b",

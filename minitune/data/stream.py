@@ -76,6 +76,11 @@ class Stream:
         """Where the stream stands and over what, for JSON."""
         return {"epoch": self.epoch, "step": self.step, **self._identity()}
 
+    def state_at(self, step: int) -> dict[str, int | bool | str]:
+        """What `state` says after `step` steps of a run."""
+        epoch, step = divmod(step, self.steps_per_epoch)
+        return {"epoch": epoch, "step": step, **self._identity()}
+
     def load(self, state: dict[str, int | bool | str]) -> None:
         """Go on where `state` was taken; refuse one over other data, or that cuts the data into other steps.
 

@@ -11,12 +11,14 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. A file imports from floors below its own, or from its own as long as no circle arises.
 FLOORS = [
-    ["__init__", "errors", "foreign", "secrets", "files", "digests", "seeds", "rules", "config"],
-    ["kernels", "surgery", "attention", "loss", "tokenizer", "log", "model", "header", "shards", "tokenizer_bounds"],
+    ["__init__", "errors", "secrets", "foreign", "files", "seeds", "rules", "config", "progress", "digests"],
+    ["kernels", "surgery", "attention", "loss", "model"],
+    ["header", "shards", "tokenizer_bounds", "sentencepiece_model", "tokenizer"],
+    ["log", "signals", "lock", "trouble"],
     ["nf4", "precision", "masters", "optim", "offload", "parallel", "data"],
     ["adapters"],
     ["byhand", "plan"],
-    ["pretrained", "peft_format", "checkpoint"],
+    ["pretrained", "peft_format", "checkpoint", "saver"],
     ["build", "runs"],
     ["merge", "generate"],
     ["step", "samples"],
