@@ -43,7 +43,7 @@ class RunLog:
             disable=not sys.stdout.isatty(),
             file=sys.stdout,
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {postfix} {elapsed} so far",
+            bar_format="{percentage:3.0f}% |{bar:20}| {n_fmt}/{total_fmt}{postfix}  ({elapsed} so far)",
         )
         self.board = None
         if tensorboard:

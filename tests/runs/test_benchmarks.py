@@ -21,8 +21,9 @@ def test_cases_are_measured_and_told(tmp_path: Path) -> None:
     rows = tmp_path / "alpaca_en_demo.json"
     rows.write_text(json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n} " * 40} for n in range(400)]))
     out, cases = tmp_path / "results.json", ["lora-fast", "qlora-small", "full", "alpaca"]
-    common = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 5, "--no-rivals"]
-    printed = python(BENCHMARKS / "run.py", *common, "--data", tmp_path, "--cases", *cases)
+    common = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 5]
+    common += ["--set", "data.max_seq_len=512"]
+    printed = python(BENCHMARKS / "run.py", *common, "--no-rivals", "--data", tmp_path, "--cases", *cases)
     results = json.loads(out.read_text())
     assert [result["case"] for result in results] == cases
     contract = {"case", "system", "method", "versions", "command"}
@@ -35,7 +36,7 @@ def test_cases_are_measured_and_told(tmp_path: Path) -> None:
         assert result["step_seconds"]["least"] <= result["step_seconds"]["median"] <= result["step_seconds"]["most"]
         assert result["recipe"]["method"] == result["method"] and result["planned_gb"] > 0
         assert result["case"] in printed
-    again = [*common[:-1], "--only-rivals", "--cases", "qlora-fast"]  # nothing to measure, nothing lost
+    again = [*common, "--only-rivals", "--cases", "qlora-fast"]  # nothing to measure, nothing lost
     python(BENCHMARKS / "run.py", *again)
     assert json.loads(out.read_text()) == results
 
