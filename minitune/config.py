@@ -108,6 +108,7 @@ class SaveConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"  # what each GPU holds of the frozen base
+    timeout_seconds: Annotated[int, at_least(5)] = 600  # a process that does not move for so long ends the job
 
 
 @dataclass(frozen=True)

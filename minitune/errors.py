@@ -29,16 +29,17 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        end(f"error: {error}", 2)
+        end(error, f"error: {error}", 2)
     except RunFailed as error:
-        end(f"failed: {error}", 1)
+        end(error, f"failed: {error}", 1)
     except Interrupted as error:
-        end(str(error), 128 + error.signum)
-    except KeyboardInterrupt:
-        end("interrupted", 130)
+        end(error, str(error), 128 + error.signum)
+    except KeyboardInterrupt as interrupt:
+        end(interrupt, "interrupted", 130)
 
 
-def end(message: str, code: int) -> None:
-    """Say `message` on stderr and exit."""
-    print(message, file=sys.stderr, flush=True)
+def end(error: BaseException, message: str, code: int) -> None:
+    """Say `message` on stderr, unless another process of the run has said the same (`said`), and exit."""
+    if not getattr(error, "said", False):
+        print(message, file=sys.stderr, flush=True)
     sys.exit(code)

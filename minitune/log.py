@@ -91,6 +91,19 @@ class RunLog:
             self.bar.set_postfix_str("  ".join(filter(None, [*self.shown.values(), left])))
 
 
+class NoLog:
+    """What the other processes of a run log: nothing."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
+
+    def tick(self) -> None: ...
+
+    def metrics(self, step: int, **values: float | str) -> None: ...
+
+
 def say(line: str) -> None:
     """A line for the person watching, above any progress bar."""
     tqdm.write(line, file=sys.stdout)

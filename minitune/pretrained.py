@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minitune import files, parallel
+from minitune import files, parallel, sharding
 from minitune.errors import UserError
 from minitune.model import Llama, LlamaConfig, RopeScaling
 from minitune.nf4 import NF4Linear
@@ -34,9 +34,9 @@ def load(folder: str | Path, dtype: str = "float32", device: str | torch.device 
     return model.eval()
 
 
-def find(path: str, revision: str = "") -> Path:
-    """The folder of `model.path`: "tiny", a local folder, or a Hub id, which is downloaded (safetensors, JSON and
-    tokenizer files alone)."""
+def find(path: str, revision: str = "", weights: bool = True) -> Path:
+    """The folder of `model.path`: "tiny", a local folder, or a Hub id, which is downloaded (JSON and tokenizer files
+    and, if `weights` are wanted, safetensors)."""
     if path == "tiny":
         return TINY
     if Path(path).is_dir():
@@ -46,7 +46,7 @@ def find(path: str, revision: str = "") -> Path:
 
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.safetensors", "*.json", "tokenizer.model", "*.jinja"]
+    patterns = ["*.json", "tokenizer.model", "*.jinja", *["*.safetensors"] * weights]
     try:
         return Path(snapshot_download(path, revision=revision or None, allow_patterns=patterns, ignore_patterns="*/*"))
     except errors.GatedRepoError:
@@ -200,11 +200,19 @@ def load_base(model: nn.Module, folder: Path) -> None:
         names = [name for name in shards.names() if name in leaves]
         for name in tqdm(names, desc="loading the base", unit=" tensors", disable=None, leave=False):
             module, attribute = leaves[name]
-            if isinstance(module, NF4Linear) and attribute == "weight":
+            four_bits = isinstance(module, NF4Linear) and attribute == "weight"
+            storage = module.packed if four_bits else getattr(module, attribute)
+            if sharding.is_spread(storage):
+                rows = shards.rows(name, sharding.own_rows(storage))
+                if four_bits:
+                    sharding.quantize_rows(module, rows)
+                else:
+                    sharding.put_rows(storage, rows)
+            elif four_bits:
                 module.quantize(shards.tensor(name))
             else:
                 with torch.no_grad():
-                    getattr(module, attribute).copy_(shards.tensor(name))
+                    storage.copy_(shards.tensor(name))
 
 
 def base_leaves(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -262,7 +270,7 @@ def check_names_and_shapes(model: Llama, shards: Shards) -> None:
 def full_state(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """The weights of a model without adapters under Hugging Face's names, in `dtype`."""
     for name, (module, attribute) in base_leaves(model).items():
-        yield name, getattr(module, attribute).detach().to(dtype)
+        yield name, sharding.whole(getattr(module, attribute)).to(dtype)
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

@@ -72,6 +72,10 @@ class Shards:
     def tensor(self, name: str) -> Tensor:
         return self.open_files[self.file_of[name]].get_tensor(name)
 
+    def rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor; the others are not read."""
+        return self.open_files[self.file_of[name]].get_slice(name)[rows]
+
     def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
         """From the file's header; the tensor itself is not read."""
         piece = self.open_files[self.file_of[name]].get_slice(name)

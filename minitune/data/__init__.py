@@ -23,7 +23,7 @@ from minitune.data.corpus import Corpus
 from minitune.data.examples import only_answer
 from minitune.data.fates import Fate, Fates, decide, repeated
 from minitune.data.formats import parse, settle
-from minitune.data.readers import RowError, chunks, origin, reader_of, rows_of
+from minitune.data.readers import RowError, chunks, reader_of, rows_of
 from minitune.data.sources import digests_of, find
 from minitune.data.store import Source, Store, open_store
 from minitune.data.templates import prompt_ids
@@ -184,6 +184,6 @@ def left_out(store: Store, fates: Fates) -> Iterator[dict[str, Any]]:
         else:
             twin = fates.twin[entry]
             key, words = WHY[fate]
-            stands = origin(store.sources[file[twin]].path, int(number[twin])) if twin >= 0 else ""
+            stands = store.origin(twin) if twin >= 0 else ""
             reason = words.format(whole=whole[entry], twin=stands)
         yield where | {"fate": fate.name.lower(), "key": key, "reason": reason}

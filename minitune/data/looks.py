@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterator
 from enum import IntFlag
 
-from minitune.data.formats import Chat, Completion, Example, Instruction, Text
-from minitune.data.templates import texts
+from minitune.data.examples import Chat, Completion, Example, Instruction, Text, texts
 
 
 class Look(IntFlag):
@@ -41,6 +40,7 @@ REFUSES = re.compile(  # at the beginning of an answer, in lower case
 )
 SPEAKS_OF_ITSELF = re.compile(r"\b(as an ai|as a (large )?language model|i('| a)m an ai)\b")
 GARBLED = re.compile("[\u00c2\u00c3][\u0080-\u00bf]|\u00e2\u20ac[\u2018-\u201d\u2122\u0153\u00a6]|\u00ef\u00bb\u00bf")
+REPLACED = re.compile("\ufffd")
 HIDDEN_ASCII = re.compile("[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f]")
 HIDDEN = re.compile(  # C0 but for tab and line ends, C1, soft hyphen, zero width, direction, tags, private use
     "[\u0000-\u0008\u000b\u000c\u000e-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
@@ -70,7 +70,7 @@ def look(example: Example) -> int:
             continue
         found |= Look.HIDDEN if HIDDEN.search(text) else 0
         found |= Look.GARBLED if GARBLED.search(text) else 0
-        found |= Look.REPLACED if "\ufffd" in text else 0
+        found |= Look.REPLACED if REPLACED.search(text) else 0
     return int(found)
 
 
@@ -87,19 +87,26 @@ def exchanges(example: Example) -> Iterator[tuple[str, str]]:
             yield "", text
         case Completion(prompt=prompt, completion=completion):
             yield prompt, completion
-        case Instruction(instruction=instruction, input=input_, output=output):
+        case Instruction(instruction=instruction, input=input_, output=output, history=history):
+            yield from history
             yield f"{instruction}\n{input_}".strip(), output
         case Chat(turns=turns):
             asked = ""
             for turn in turns:
+                text = turn.text or turn.more  # an answer may be a tool call alone
                 if turn.train:
-                    yield asked, turn.text
-                asked = turn.text
+                    yield asked, text
+                asked = text
 
 
-def reasons(bits: int) -> list[str]:
-    """The bits in words."""
-    return [words for flag, words in WORDS.items() if bits & flag]
+def evidence(example: Example, flag: int) -> str:
+    """Where in an example a reason is to be seen: the text around it, or how the last answer begins."""
+    pattern = {Look.REPLACED: REPLACED, Look.GARBLED: GARBLED, Look.HIDDEN: HIDDEN}.get(flag)
+    for text in texts(example) if pattern else ():
+        if found := pattern.search(text):
+            return text[max(0, found.start() - 60) : found.end() + 60]
+    answers = [answer for _, answer in exchanges(example)]
+    return answers[-1][:200] if answers else ""
 
 
 def visible(text: str) -> str:

@@ -87,9 +87,9 @@ def row_at(path: Path, place: Place) -> Row | RowError:
     return row
 
 
-def origin(path: Path | str, number: int) -> str:
-    """Where a row stands, as a person is told: "train.jsonl:12", "train.json row 12"."""
-    return f"{path}:{number}" if reader_of(Path(path)).unit == "line" else f"{path} row {number}"
+def origin(path: Path, number: int, name: str = "") -> str:
+    """Where a row stands, as people are told: "train.jsonl:12", "train.json row 12", by the recipe's name if given."""
+    return f"{name or path}:{number}" if reader_of(path).unit == "line" else f"{name or path} row {number}"
 
 
 def reader_of(path: Path) -> Reader:

@@ -105,7 +105,8 @@ class Store:
 
     def origin(self, entry: int) -> str:
         """Where the row of an entry stands: "train.jsonl:12"."""
-        return origin(self.sources[self.value("file", entry)].name, self.value("number", entry))
+        source = self.sources[self.value("file", entry)]
+        return origin(source.path, self.value("number", entry), source.name)
 
     def value(self, name: str, entry: int) -> int:
         dtype = np.dtype(self.about["columns"][name])

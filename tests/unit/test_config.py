@@ -80,6 +80,7 @@ every_steps = 100
 keep_last = 3
 [parallel]
 sharding = "auto"
+timeout_seconds = 600
 [log]
 every_steps = 10
 tensorboard = true

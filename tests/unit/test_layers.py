@@ -11,16 +11,17 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. A file imports from floors below its own, or from its own as long as no circle arises.
 FLOORS = [
-    ["__init__", "errors", "files", "seeds", "rules", "config", "progress"],
+    ["__init__", "errors", "files", "seeds", "rules", "config", "progress", "digests"],
+    ["launch", "watch"],
     ["kernels", "surgery", "attention", "loss", "sentencepiece_model", "tokenizer", "log", "model", "shards"],
     ["signals", "lock", "trouble"],
-    ["nf4", "precision", "masters", "optim", "offload", "parallel", "data"],
+    ["nf4", "precision", "masters", "optim", "offload", "parallel", "data", "sharding"],
     ["adapters"],
     ["byhand", "plan"],
     ["pretrained", "peft_format", "checkpoint", "saver"],
     ["build", "runs"],
     ["merge", "generate"],
-    ["step", "samples"],
+    ["step", "samples", "preview"],
     ["train"],
     ["scripts"],
 ]

@@ -4,8 +4,8 @@ import unicodedata
 
 import pytest
 
-from minitune.data.formats import Chat, Completion, Instruction, Text, Turn
-from minitune.data.looks import Look, answer_key, exchanges, look, reasons, visible
+from minitune.data.examples import Chat, Completion, Instruction, Text, Turn
+from minitune.data.looks import WORDS, Look, answer_key, evidence, exchanges, look, visible
 
 
 def asked(answer: str, prompt: str = "What is it?") -> Instruction:
@@ -34,7 +34,7 @@ def asked(answer: str, prompt: str = "What is it?") -> Instruction:
 )
 def test_each_reason(flag: Look, has: Instruction, has_not: Instruction) -> None:
     assert look(has) & flag and not look(has_not) & flag
-    assert len(reasons(look(has))) == look(has).bit_count()
+    assert flag in WORDS and evidence(has, flag).strip()
 
 
 def test_a_chat_is_looked_at_turn_by_turn() -> None:
@@ -46,6 +46,9 @@ def test_a_chat_is_looked_at_turn_by_turn() -> None:
     assert look(fine) == 0 and list(exchanges(fine)) == [("Who is it?", "It is Ann."), ("And who?", "Ben.")]
     assert look(chat("Who is it?", "It is Ann.", "And who?", "And who?")) == Look.ECHO
     assert look(chat("Who is it?", "It is Ann.", "And who?", "And who?", trained=False)) == 0  # not learned
+    call = Chat((Turn("user", "Call it.", False), Turn("assistant", "", True, more='{"tool_calls": []}')))
+    assert look(call) == 0 and list(exchanges(call)) == [("Call it.", '{"tool_calls": []}')]
+    assert look(Instruction("And who?", "", "Ben.", history=(("Who?", "Who?"),))) == Look.ECHO
 
 
 def test_answers_are_equal_but_for_case_and_white_space() -> None:
@@ -64,3 +67,10 @@ def test_visible_leaves_nothing_that_is_obeyed_or_unseen() -> None:
     assert all(unicodedata.bidirectional(c) in ("AN", "BN", "NSM", "L", "AL") for c in formats)
     assert not {"\x1b", "\r", "\x9b", "\x7f", "\u202e", "\u2066", "\u200b", "\ufeff", "\U000e0041"} & set(shown)
     assert visible("a\x1b[2Jb\u202ec") == "a\\u{1b}[2Jb\\u{202e}c" and visible("plain é 中\n") == "plain é 中\n"
+
+
+def test_the_evidence_is_what_was_seen() -> None:
+    far = asked("x " * 500 + "caf\ufffd" + " y" * 500)
+    assert "caf\ufffd" in evidence(far, Look.REPLACED) and len(evidence(far, Look.REPLACED)) < 200
+    assert evidence(Instruction("a\x00b", "", "fine"), Look.HIDDEN) == "a\x00b"
+    assert evidence(asked("```\nopen"), Look.FENCE) == "```\nopen"
