@@ -20,12 +20,13 @@ from minitune import files
 from minitune.config import DataConfig
 from minitune.data.checks import refuse_doubtful, refuse_rows, warnings
 from minitune.data.corpus import Corpus
+from minitune.data.examples import only_answer
 from minitune.data.fates import Fate, Fates, decide, repeated
-from minitune.data.formats import PARSERS, check_columns, detect, renamed
+from minitune.data.formats import parse, settle
 from minitune.data.readers import RowError, chunks, reader_of, rows_of
 from minitune.data.sources import digests_of, find
 from minitune.data.store import Source, Store, open_store
-from minitune.data.templates import only_answer, prompt_ids
+from minitune.data.templates import prompt_ids
 from minitune.data.tokenise import CUT, ONE_ANSWER
 from minitune.tokenizer import Tokenizer
 
@@ -112,9 +113,7 @@ def settled(path: Path, cfg: DataConfig) -> str:
     for chunk in chunks(path, size=64 << 10):
         for _, row in rows_of(chunk):
             if not isinstance(row, RowError):
-                check_columns(path, list(row), cfg.columns)
-                ours = renamed(row, cfg.columns)
-                return detect(path, ours) if cfg.format == "auto" else cfg.format
+                return settle(path, row, cfg.format, cfg.columns)
     return "text" if cfg.format == "auto" else cfg.format  # there is none that can be read
 
 
@@ -161,7 +160,7 @@ def samples_of(store: Store, entries: np.ndarray, cfg: DataConfig, tokenizer: To
         if isinstance(row, RowError):  # the file has just been changed
             continue
         format = store.sources[store.value("file", entry)].format
-        example = PARSERS[format](renamed(row, cfg.columns))
+        example = parse(row, format, cfg.columns)
         if ids := prompt_ids(example, cfg.template, tokenizer):
             yield Sample(ids, tokenizer.decode(ids), only_answer(example))
 

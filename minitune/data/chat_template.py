@@ -1,9 +1,10 @@
 """A tokenizer's own chat template: a Jinja program out of a model folder, run in a sandbox as transformers runs it."""
 
 import json
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import jinja2.meta
@@ -12,39 +13,103 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from minitune.data.formats import Chat, Example, RowError
+from minitune.data.examples import Chat, Example, Turn
+from minitune.data.readers import RowError
 from minitune.errors import UserError
 from minitune.tokenizer import Tokenizer
 
+MARKS = {"generation_opens": "\0<", "generation_closes": "\0>"}  # no text of a row holds a NUL
 
-def rendered(chat: Chat, turns: int, ask: bool, tokenizer: Tokenizer) -> str:
-    """The first turns of a chat as its model reads them; with `ask`, up to where the next answer begins."""
+
+class View(NamedTuple):
+    """One way to render a conversation."""
+
+    turns: int  # how many of its turns, from the first
+    ask: bool = False  # go on to where the next answer begins
+    marked: bool = False  # with MARKS around what the template marks as generated
+
+
+def rendered(chat: Chat, views: Iterable[View], tokenizer: Tokenizer) -> dict[View, str]:
+    """A chat as its model reads it, in each of some views.
+
+    Raises:
+        RowError: the template raises, or has no place for what a turn says.
+        UserError: the tokenizer has no chat template, or one that is not Jinja.
+    """
     if tokenizer.chat_template is None:
         raise UserError('the tokenizer has no chat template for conversations; set data.template = "alpaca"')
-    template = compiled(tokenizer.chat_template)
-    try:
-        return template.render(
-            messages=[{"role": turn.role, "content": turn.text} for turn in chat.turns[:turns]],
-            tools=json.loads(chat.tools) if chat.tools else None,
-            documents=None,
-            add_generation_prompt=ask,
-            **tokenizer.special_tokens,
-        )
-    except Exception as error:  # a template is a program of its own, and may raise anything
-        raise RowError(f"the tokenizer's chat template refuses it: {error}") from None
+    variables = {
+        "messages": [message(turn, number, tokenizer.chat_template) for number, turn in enumerate(chat.turns)],
+        "tools": json.loads(chat.tools) if chat.tools else None,
+        "documents": None,
+        **tokenizer.special_tokens,
+    }
+    wanted = list(dict.fromkeys(views))
+    return dict(zip(wanted, render(tokenizer.chat_template, variables, wanted), strict=True))
+
+
+def message(turn: Turn, number: int, template: str) -> dict[str, Any]:
+    """A turn as chat templates are given it, refused where this one has no place for what it says."""
+    said: dict[str, Any] = json.loads(turn.more) if turn.more else {}
+    for key in ("tool_calls", "reasoning_content"):
+        if key in said and not reads(template).intersection(ALSO_READ.get(key, (key,))):
+            if key == "tool_calls" and turn.written:
+                return {"role": turn.role, "content": turn.written}
+            raise RowError(
+                f"is not shown by the tokenizer's chat template, which does not know {key}",
+                f"{named(turn, number)}.{key}",
+            )
+    if "reasoning_content" in said:
+        said["thinking"] = said["reasoning_content"]
+    if turn.text or "tool_calls" not in said:
+        said["content"] = turn.text
+    return {"role": turn.role, **said}
+
+
+ALSO_READ = {"reasoning_content": ("reasoning_content", "thinking")}  # as transformers gives it, under both names
+
+
+def named(turn: Turn, number: int) -> str:
+    """How to speak of a turn: by its key in the row."""
+    return turn.place or f"turn {number + 1}"
 
 
 def shows_tools(example: Example, tokenizer: Tokenizer) -> bool:
     """False where a chat lists tools and the chat template does not write them."""
     if not (isinstance(example, Chat) and example.tools and tokenizer.chat_template):
         return True
-    return "tools" in names_in(tokenizer.chat_template)
+    return "tools" in reads(tokenizer.chat_template)
+
+
+def marks_answers(source: str) -> bool:
+    """Whether a chat template says itself what is generated, by {% generation %}."""
+    return "generation_opens" in reads(source)
 
 
 @lru_cache(maxsize=8)
-def names_in(source: str) -> set[str]:
-    """The variables that a chat template asks for."""
-    return jinja2.meta.find_undeclared_variables(compiled(source).environment.parse(source))
+def reads(source: str) -> frozenset[str]:
+    """The names that a chat template speaks of: variables, attributes, keys."""
+    tree = compiled(source).environment.parse(source)
+    attributes = (node.attr for node in tree.find_all(nodes.Getattr))
+    keys = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
+    return frozenset([*jinja2.meta.find_undeclared_variables(tree), *attributes, *keys])
+
+
+# ---- the one place where a template runs ---------------------------------------------------------------------------
+
+
+def render(source: str, variables: Mapping[str, Any], views: Sequence[View]) -> list[str]:
+    """Run a chat template once for each view of the messages in `variables`."""
+    template = compiled(source)
+    try:
+        return [template.render(**variables_of(view, variables)) for view in views]
+    except Exception as error:  # a template is a program of its own, and may raise anything
+        raise RowError(f"the tokenizer's chat template refuses it: {error}") from None
+
+
+def variables_of(view: View, variables: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {"messages": variables["messages"][: view.turns], "add_generation_prompt": view.ask}
+    return {**variables, **shown, **(MARKS if view.marked else {})}
 
 
 @lru_cache(maxsize=8)
@@ -63,13 +128,15 @@ def compiled(source: str) -> jinja2.Template:
 
 
 class GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}: marks answers for others; here, only what is inside."""
+    """{% generation %} ... {% endgeneration %}: what is inside, between MARKS where a view asks for them."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        opens, closes = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in MARKS)
+        return nodes.Scope([opens, *inside, closes], lineno=line)
 
 
 def to_json(

@@ -10,13 +10,13 @@ pair of J = 0.8 is compared with probability 0.95, one of 0.85 with 0.993, one o
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 
 import numpy as np
 from rensa import RMinHash
 
-from minitune.data.formats import Chat, Example
-from minitune.data.templates import texts
+from minitune.data.examples import Chat, Example, Instruction, texts
 
 WIDTH = 5  # characters of a shingle
 THRESHOLD = 0.8  # estimated Jaccard from which two rows are near duplicates
@@ -31,11 +31,14 @@ IDENTITY = f"rensa {version('rensa')} R-MinHash {RMinHash.ALGORITHM_VERSION}; {W
 
 
 def said(example: Example) -> str:
-    """What is compared of an example: all its text, but for the system turn and the tools, which rows have in common
+    """What is compared of an example: all its text, but for the system's and the tools, which rows have in common
     without being alike."""
-    if isinstance(example, Chat):
-        return "\n".join(turn.text for turn in example.turns if turn.role != "system")
-    return "\n".join(texts(example))
+    match example:
+        case Chat(turns=turns):
+            example = replace(example, turns=tuple(turn for turn in turns if turn.role != "system"), tools="")
+        case Instruction():
+            example = replace(example, system="")
+    return "\n".join(filter(None, texts(example)))
 
 
 def similarity(a: str, b: str) -> float:

@@ -1,16 +1,17 @@
 """Rows -> examples: what a person wrote, checked, and not yet in any prompt.
 
-A row is read by the columns it has, as one of four kinds of example. A row that cannot be read is not lost: it becomes
-a `BadRow` that says where it stands and why.
+A row is read by the columns it has. One that cannot be read whole is not lost, nor is a part of it left out: it becomes
+a `BadRow` that says where it stands, at which key, and why.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from minitune.data.readers import Row, RowError, kind, parse_json, rows
+from minitune.data.conversations import conversational, messages, sharegpt
+from minitune.data.examples import Chat, Completion, Example, Instruction, Text
+from minitune.data.fields import filled, optional, text
+from minitune.data.readers import Row, RowError, kind, rows
 from minitune.errors import UserError
 
 TINY = Path(__file__).parents[1] / "tiny" / "train.jsonl"
@@ -21,70 +22,7 @@ NEEDED = {  # the columns of each format, from the most to the least particular
     "prompt_completion": {"prompt", "completion"},
     "text": {"text"},
 }
-COLUMNS = sorted({"input", "system", "tools"}.union(*NEEDED.values()))
-ROLE_MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
-    "system": (None,),
-    "user": (None, "system", "assistant"),
-    "assistant": ("user", "tool"),
-    "tool": ("assistant", "tool"),
-}
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-    "system": "system",
-}
-NOT_READ = ("tool_calls", "function_call", "reasoning_content", "weight")  # leaving these out would change a message
-
-
-@dataclass(frozen=True)
-class Instruction:
-    """A row in Alpaca's format."""
-
-    instruction: str
-    input: str  # empty: none
-    output: str
-    origin: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class Completion:
-    """A prompt and what follows it, both as they stand."""
-
-    prompt: str
-    completion: str
-    origin: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class Turn:
-    role: str  # system | user | assistant | tool
-    text: str
-    train: bool  # is it to be learned
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation: at most one system turn, first; then user and assistant in turn, tools between them."""
-
-    turns: tuple[Turn, ...]
-    tools: str = ""  # a JSON list, as text
-    origin: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Raw text, all of it to be learned."""
-
-    text: str
-    origin: str = field(default="", compare=False)
-
-
-Example = Instruction | Completion | Chat | Text
+COLUMNS = sorted({"input", "system", "history", "tools"}.union(*NEEDED.values()))
 
 
 @dataclass(frozen=True)
@@ -92,10 +30,15 @@ class BadRow:
     """A row that cannot be used: where it stands and what is wrong with it."""
 
     origin: str  # "train.jsonl:12", "train.json row 12"
-    reason: str
+    reason: str  # a sentence, with the key's path at its beginning
+    key: str = ""  # "messages[2].content", by the file's own names; empty: the row as a whole
 
     def __str__(self) -> str:
         return f"{self.origin}: {self.reason}"
+
+    @classmethod
+    def of(cls, origin: str, error: RowError) -> "BadRow":
+        return cls(origin, str(error), error.key)
 
 
 def locate(name: str) -> Path:
@@ -114,20 +57,39 @@ def read(path: Path, format: str = "auto", columns: Mapping[str, str] | None = N
         UserError: the file cannot be read at all, or its columns are not those asked for.
     """
     columns = columns or {}
-    parse = None
+    settled = ""
     for origin, row in rows(path):
-        if isinstance(row, RowError):
-            yield BadRow(origin, str(row))
-            continue
-        if parse is None:
-            check_columns(path, list(row), columns)
-        row = renamed(row, columns)
-        if parse is None:
-            parse = PARSERS[detect(path, row) if format == "auto" else format]
         try:
-            yield replace(parse(row), origin=origin)
+            if isinstance(row, RowError):
+                raise row
+            settled = settled or settle(path, row, format, columns)
+            yield parse(row, settled, columns, origin)
         except RowError as error:
-            yield BadRow(origin, str(error))
+            yield BadRow.of(origin, error)
+
+
+def settle(path: Path, row: Row, format: str = "auto", columns: Mapping[str, str] | None = None) -> str:
+    """The format of a file, by the first of its rows that can be read.
+
+    Raises:
+        UserError: its columns fit no format, or are not those of the mapping.
+    """
+    check_columns(path, list(row), columns or {})
+    return detect(path, renamed(row, columns or {})) if format == "auto" else format
+
+
+def parse(row: Row, format: str, columns: Mapping[str, str] | None = None, origin: str = "") -> Example:
+    """The example that one row is, by a format that `settle` gave.
+
+    Raises:
+        RowError: the row cannot be read, with the path of the key at fault by the file's own names.
+    """
+    if not columns:
+        return PARSERS[format](row, origin)
+    try:
+        return PARSERS[format](renamed(row, columns), origin)
+    except RowError as error:
+        raise RowError(error.reason, named_as_in_the_file(error.key, columns)) from None
 
 
 # ---- columns -------------------------------------------------------------------------------------------------------
@@ -145,8 +107,18 @@ def check_columns(path: Path, there: list[str], columns: Mapping[str, str]) -> N
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     """The row by our names; a renamed column takes the place of one that has the name already."""
+    if not columns:
+        return row
     kept = {name: value for name, value in row.items() if name not in columns}
     return kept | {ours: row[theirs] for theirs, ours in columns.items() if theirs in row}
+
+
+def named_as_in_the_file(key: str, columns: Mapping[str, str]) -> str:
+    """A key's path with its column by the name that it has in the file."""
+    for theirs, ours in columns.items():
+        if key == ours or key.startswith((f"{ours}.", f"{ours}[")):
+            return theirs + key[len(ours) :]
+    return key
 
 
 def detect(path: Path, row: Row) -> str:
@@ -161,148 +133,57 @@ def detect(path: Path, row: Row) -> str:
     )
 
 
+def listed(names: object) -> str:
+    return ", ".join(map(str, names))
+
+
 # ---- rows -> examples ----------------------------------------------------------------------------------------------
 
-
-def alpaca(row: Row) -> Instruction:
-    input_ = "" if row.get("input") is None else text(row, "input")
-    return Instruction(text(row, "instruction"), input_, filled(row, "output"))
+NO_TOOLS = "has no place in a row of this format; write the row as messages"
 
 
-def prompt_completion(row: Row) -> Completion:
-    return Completion(text(row, "prompt"), filled(row, "completion"))
+def alpaca(row: Row, origin: str) -> Instruction:
+    if row.get("tools"):
+        raise RowError(NO_TOOLS, "tools")
+    instruction, input_, output = text(row, "instruction"), optional(row, "input"), filled(row, "output")
+    return Instruction(instruction, input_, output, optional(row, "system"), history(row), origin)
 
 
-def raw_text(row: Row) -> Text:
-    return Text(filled(row, "text"))
+def history(row: Row) -> tuple[tuple[str, str], ...]:
+    """The earlier turns of an Alpaca row: a list of [what was asked, what was answered]."""
+    pairs = row.get("history")
+    if not pairs:
+        return ()
+    if not isinstance(pairs, list):
+        raise RowError(f"is {kind(pairs)}, not a list", "history")
+    read = []
+    for number, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError("is not a list of two texts, what was asked and what was answered", f"history[{number}]")
+        asked, answered = f"history[{number}][0]", f"history[{number}][1]"
+        sides = {asked: pair[0], answered: pair[1]}
+        read.append((text(sides, asked), filled(sides, answered)))
+    return tuple(read)
 
 
-def messages(row: Row) -> Chat:
-    turns = []
-    for place, message in turns_of(row, "messages"):
-        role = text(message, "role", place)
-        if role not in ROLE_MAY_FOLLOW:
-            raise RowError(f"{place}role is {role!r}; the roles are {listed(ROLE_MAY_FOLLOW)}")
-        for key in NOT_READ:
-            if message.get(key) is not None:
-                raise RowError(f"{place}{key} is not supported; write what it says into the content")
-        turns.append(Turn(role, content(message, place), to_be_learned(message, role, place)))
-    return chat(turns, row)
+def prompt_completion(row: Row, origin: str) -> Completion | Chat:
+    """Two texts, or two lists of messages."""
+    if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
+        return conversational(row, origin)
+    for name in ("system", "tools"):
+        if row.get(name):
+            raise RowError(NO_TOOLS, name)
+    return Completion(text(row, "prompt"), filled(row, "completion"), origin)
 
 
-def sharegpt(row: Row) -> Chat:
-    turns = []
-    for place, message in turns_of(row, "conversations"):
-        speaker = text(message, "from", place)
-        if speaker not in SHAREGPT_ROLES:
-            raise RowError(f"{place}from is {speaker!r}; the speakers are {listed(SHAREGPT_ROLES)}")
-        role = SHAREGPT_ROLES[speaker]
-        turns.append(Turn(role, text(message, "value", place), role == "assistant"))
-    if row.get("system"):
-        turns.insert(0, Turn("system", text(row, "system"), False))
-    return chat(turns, row)
+def raw_text(row: Row, origin: str) -> Text:
+    return Text(filled(row, "text"), origin)
 
 
-PARSERS: dict[str, Callable[[Row], Example]] = {
+PARSERS: dict[str, Callable[[Row, str], Example]] = {
     "messages": messages,
     "sharegpt": sharegpt,
     "alpaca": alpaca,
     "prompt_completion": prompt_completion,
     "text": raw_text,
 }
-
-
-def chat(turns: list[Turn], row: Row) -> Chat:
-    """A conversation whose turns come in an order that can be learned from."""
-    before = None
-    for turn in turns:
-        if before not in ROLE_MAY_FOLLOW[turn.role]:
-            follows = f"follows {before}" if before else "comes first"
-            raise RowError(f"roles in the wrong order: {turn.role} {follows}")
-        if turn.role == "assistant" and not turn.text.strip():
-            raise RowError("an assistant's turn is empty")
-        before = turn.role
-    if before != "assistant":
-        raise RowError(f"the conversation ends with {before}, not with an answer of the assistant")
-    return Chat(tuple(turns), tools_of(row))
-
-
-def turns_of(row: Row, column: str) -> Iterator[tuple[str, Row]]:
-    """Each message of a conversation, with the beginning of what to say about it."""
-    conversation = value_of(row, column)
-    if not isinstance(conversation, list):
-        raise RowError(f"{column} is {kind(conversation)}, not a list")
-    if not conversation:
-        raise RowError(f"{column} is empty")
-    for number, message in enumerate(conversation):
-        if not isinstance(message, dict):
-            raise RowError(f"{column}[{number}] is {kind(message)}, not an object")
-        yield f"{column}[{number}].", message
-
-
-def content(message: Row, place: str) -> str:
-    """The text of a message, which may come in parts."""
-    parts = value_of(message, "content", place)
-    if not isinstance(parts, list):
-        return text(message, "content", place)
-    texts = []
-    for number, part in enumerate(parts):
-        here = f"{place}content[{number}]"
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise RowError(f"{here} is not a part of type 'text'")
-        texts.append(text(part, "text" if "text" in part else "value", f"{here}."))
-    return "".join(texts)
-
-
-def to_be_learned(message: Row, role: str, place: str) -> bool:
-    marks = [message[key] for key in ("train", "loss_weight") if message.get(key) is not None]
-    if any(mark not in (0, 1) for mark in marks) or len(set(marks)) > 1:
-        raise RowError(f"{place}train is true or false, or loss_weight 1 or 0, and both say the same")
-    if marks and marks[0] and role != "assistant":
-        raise RowError(f"{place}only an assistant's turn can be trained on its own; see data.train_on_prompt")
-    return bool(marks[0]) if marks else role == "assistant"
-
-
-def tools_of(row: Row) -> str:
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = parse_json(tools) if tools.strip() else None
-        except RowError as error:
-            raise RowError(f"tools: {error}") from None
-    if not tools:
-        return ""
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("tools is not a list of objects")
-    return text({"tools": json.dumps(tools, ensure_ascii=False)}, "tools")
-
-
-def filled(row: Row, column: str) -> str:
-    """A text that is to be learned, so there must be some."""
-    value = text(row, column)
-    if not value.strip():
-        raise RowError(f"{column} is empty")
-    return value
-
-
-def text(row: Row, column: str, place: str = "") -> str:
-    value = value_of(row, column, place)
-    if not isinstance(value, str):
-        raise RowError(f"{place}{column} is {kind(value)}, not text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise RowError(f"{place}{column} holds half a surrogate pair, which is no character") from None
-    return value
-
-
-def value_of(row: Row, column: str, place: str = "") -> Any:
-    if column not in row:
-        raise RowError(f"{place}{column} is missing; there is {listed(row) or 'nothing'}")
-    if row[column] is None:
-        raise RowError(f"{place}{column} is null")
-    return row[column]
-
-
-def listed(names: Any) -> str:
-    return ", ".join(map(str, names))

@@ -8,8 +8,7 @@ import re
 from collections.abc import Iterator
 from enum import IntFlag
 
-from minitune.data.formats import Chat, Completion, Example, Instruction, Text
-from minitune.data.templates import texts
+from minitune.data.examples import Chat, Completion, Example, Instruction, Text, texts
 
 
 class Look(IntFlag):
@@ -88,14 +87,16 @@ def exchanges(example: Example) -> Iterator[tuple[str, str]]:
             yield "", text
         case Completion(prompt=prompt, completion=completion):
             yield prompt, completion
-        case Instruction(instruction=instruction, input=input_, output=output):
+        case Instruction(instruction=instruction, input=input_, output=output, history=history):
+            yield from history
             yield f"{instruction}\n{input_}".strip(), output
         case Chat(turns=turns):
             asked = ""
             for turn in turns:
+                text = turn.text or turn.more  # an answer may be a tool call alone
                 if turn.train:
-                    yield asked, turn.text
-                asked = turn.text
+                    yield asked, text
+                asked = text
 
 
 def evidence(example: Example, flag: int) -> str:

@@ -24,11 +24,14 @@ CHUNK = 4 << 20  # bytes
 
 
 class RowError(Exception):
-    """This row cannot be used; the message says why."""
+    """This row cannot be used; the message says why, and `key` where in the row: "messages[2].content"."""
 
     def __init__(self, reason: str, key: str = "") -> None:
-        super().__init__(reason)
-        self.key = key  # where in the row, as messages[2].content; "" for the whole of it
+        super().__init__(reason, key)
+        self.reason, self.key = reason, key
+
+    def __str__(self) -> str:
+        return f"{self.key} {self.reason}" if self.key else self.reason
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from urllib.parse import unquote
 
 from minitune.data.formats import locate
 from minitune.data.readers import reader_of
-from minitune.digests import sha256
 from minitune.errors import UserError
+from minitune.files import sha256
 
 ON_THE_HUB = re.compile(  # hf://datasets/OWNER/NAME[@REVISION]/path/file.jsonl, as the Hub writes it
     r"hf://datasets/(?P<repo>[^/@]+/[^/@]+)(@(?P<revision>refs/(convert/[\w-]+|pr/\d+)|[^/]+))?/(?P<file>.+)"

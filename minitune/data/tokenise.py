@@ -17,10 +17,11 @@ from minitune.config import DataConfig
 from minitune.data.chat_template import shows_tools
 from minitune.data.corpus import MARK, mark
 from minitune.data.duplicates import KEYS, said, sketches
-from minitune.data.formats import PARSERS, Chat, Completion, Example, Instruction, Text, renamed
+from minitune.data.examples import Chat, Completion, Example, Instruction, Text, only_answer, texts
+from minitune.data.formats import parse
 from minitune.data.looks import answer_key, look
 from minitune.data.readers import Chunk, Place, Row, RowError, rows_of
-from minitune.data.templates import Document, document, only_answer, texts
+from minitune.data.templates import Document, documents_of
 from minitune.tokenizer import Tokenizer
 
 AT_ONCE = 512  # rows whose texts are encoded together
@@ -143,14 +144,21 @@ def documents_of_rows(
     """Each row of a chunk as its example and its documents, or as what is wrong with it."""
     rows = rows_of(task.chunk)
     while some := list(islice(rows, AT_ONCE)):
-        for place, row in some:
-            try:
-                if isinstance(row, RowError):
-                    raise row
-                example = PARSERS[task.format](renamed(row, cfg.columns))
-                yield place, row, example, [document(example, cfg.template, tokenizer, cfg.train_on_prompt)]
-            except RowError as error:
-                yield place, None, None, error
+        read = [(place, row, example_of(row, task.format, cfg)) for place, row in some]
+        examples = [example for _, _, example in read if not isinstance(example, RowError)]
+        made = iter(documents_of(examples, cfg.template, tokenizer, cfg.train_on_prompt))
+        for place, row, example in read:
+            if isinstance(example, RowError):
+                yield place, None, None, example
+            else:
+                yield place, row, example, next(made)
+
+
+def example_of(row: Row | RowError, format: str, cfg: DataConfig) -> Example | RowError:
+    try:
+        return row if isinstance(row, RowError) else parse(row, format, cfg.columns)
+    except RowError as error:
+        return error
 
 
 def overlong(whole: Document, cfg: DataConfig) -> Document:

@@ -8,8 +8,9 @@ from minitune.config import DataConfig
 from minitune.data import Prepared
 from minitune.data.corpus import Corpus
 from minitune.data.duplicates import said, similarity
+from minitune.data.examples import Example
 from minitune.data.fates import Fate
-from minitune.data.formats import PARSERS, Example, renamed
+from minitune.data.formats import parse
 from minitune.data.looks import WORDS, evidence
 from minitune.data.packing import fill, rows
 from minitune.data.readers import RowError
@@ -71,7 +72,7 @@ class Examples:
         if isinstance(row, RowError):
             return None
         try:
-            return PARSERS[self.store.sources[self.store.value("file", entry)].format](renamed(row, self.columns))
+            return parse(row, self.store.sources[self.store.value("file", entry)].format, self.columns)
         except RowError:
             return None
 

@@ -11,7 +11,7 @@ import pytest
 
 from minitune.data import duplicates
 from minitune.data.duplicates import HASHES, KEYS, WIDTH, estimates, groups, said, similarity, sketches
-from minitune.data.formats import Chat, Completion, Instruction, Text, Turn
+from minitune.data.examples import Chat, Completion, Instruction, Text, Turn
 
 ENGLISH = re.findall(
     r"\w+",
@@ -175,5 +175,8 @@ def test_no_threads_are_started() -> None:
 def test_what_is_compared_of_a_row() -> None:
     turns = (Turn("system", "Be kind.", False), Turn("user", "Hi", False), Turn("assistant", "Hello", True))
     assert said(Chat(turns, tools="[{}]")) == "Hi\nHello"
-    assert said(Instruction("Add", "1 2", "3")) == "Add\n1 2\n3"
+    called = Turn("assistant", "", True, more='{"tool_calls": []}')
+    assert said(Chat((*turns[1:2], called))) == 'Hi\n{"tool_calls": []}'
+    assert said(Instruction("Add", "1 2", "3", system="Be kind.")) == "Add\n1 2\n3"
+    assert said(Instruction("Add", "", "3", history=(("One?", "1"),))) == "One?\n1\nAdd\n3"
     assert said(Completion("p", "c")) == "p\nc" and said(Text("t")) == "t"

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from minitune.data.formats import BadRow, Chat, Completion, Example, Instruction, Text, Turn, locate, read
+from minitune.data.examples import Chat, Completion, Example, Instruction, Text, Turn
+from minitune.data.formats import BadRow, locate, read
 from minitune.errors import UserError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -33,6 +34,12 @@ def user(text: str) -> Turn:
 
 def assistant(text: str, train: bool = True) -> Turn:
     return Turn("assistant", text, train)
+
+
+def calls(written: str) -> Turn:
+    """ShareGPT's function_call: what it writes, and the same as chat templates know it."""
+    more = f'{{"tool_calls": [{{"type": "function", "function": {written}}}]}}'
+    return Turn("assistant", "", True, more, written)
 
 
 def says(role: str, content: object, **more: object) -> dict:
@@ -77,7 +84,7 @@ ANSWER = says("assistant", "4")
             {
                 "conversations": [
                     {"from": "human", "value": "2+2?"},
-                    {"from": "function_call", "value": "add"},
+                    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
                     {"from": "observation", "value": "4"},
                     {"from": "gpt", "value": "Four."},
                 ],
@@ -88,7 +95,7 @@ ANSWER = says("assistant", "4")
                 (
                     Turn("system", "Be brief.", False),
                     user("2+2?"),
-                    assistant("add"),
+                    calls('{"name": "add", "arguments": {"a": 2}}'),
                     Turn("tool", "4", False),
                     assistant("Four."),
                 ),
@@ -150,29 +157,38 @@ def test_auto_takes_the_first_row_and_holds_the_others_to_it(tmp_path):
         ({"messages": [ASK, says("assistant", None)]}, "messages[1].content is null"),
         (
             {"messages": [ASK, says("assistant", [{"type": "image_url"}])]},
-            "messages[1].content[0] is not a part of type",
+            "messages[1].content[0] is not a part of type 'text' but 'image_url'",
         ),
-        ({"messages": [ASK, says("assistant", "  ")]}, "an assistant's turn is empty"),
-        ({"messages": [ANSWER]}, "roles in the wrong order: assistant comes first"),
-        ({"messages": [says("tool", "4"), ANSWER]}, "roles in the wrong order: tool comes first"),
-        ({"messages": [ASK, ASK, ANSWER]}, "roles in the wrong order: user follows user"),
-        ({"messages": [ASK, ANSWER, ANSWER]}, "roles in the wrong order: assistant follows assistant"),
-        ({"messages": [ASK, says("system", "s"), ANSWER]}, "roles in the wrong order: system follows user"),
-        ({"messages": [ASK]}, "the conversation ends with user"),
-        ({"messages": [ASK, ANSWER, ASK]}, "the conversation ends with user"),
-        ({"messages": [ASK, ANSWER | {"loss_weight": 0.5}]}, "messages[1].train is true or false, or loss_weight"),
-        ({"messages": [ASK, ANSWER | {"train": "yes"}]}, "messages[1].train is true or false, or loss_weight"),
-        ({"messages": [ASK, ANSWER | {"train": [1]}]}, "messages[1].train is true or false, or loss_weight"),
-        ({"messages": [ASK, ANSWER | {"train": True, "loss_weight": 0}]}, "messages[1].train is true or false, or"),
-        ({"messages": [ASK | {"train": True}, ANSWER]}, "messages[0].only an assistant's turn can be trained"),
-        ({"messages": [ASK, ANSWER | {"tool_calls": [{}]}]}, "messages[1].tool_calls is not supported"),
-        ({"messages": [ASK, ANSWER], "tools": "{"}, "tools: not valid JSON"),
+        ({"messages": [ASK, says("assistant", "  ")]}, "messages[1].content is empty"),
+        ({"messages": [ANSWER]}, "messages[0] is out of order: assistant comes first"),
+        ({"messages": [says("tool", "4"), ANSWER]}, "messages[0] is out of order: tool comes first"),
+        ({"messages": [ASK, ASK, ANSWER]}, "messages[1] is out of order: user follows user"),
+        ({"messages": [ASK, ANSWER, ANSWER]}, "messages[2] is out of order: assistant follows assistant"),
+        ({"messages": [ASK, says("system", "s"), ANSWER]}, "messages[1] is out of order: system follows user"),
+        ({"messages": [ASK]}, "messages[0] ends the conversation with user"),
+        ({"messages": [ASK, ANSWER, ASK]}, "messages[2] ends the conversation with user"),
+        ({"messages": [ASK, ANSWER | {"loss_weight": 0.5}]}, "messages[1].loss_weight is true or false (or 1 or 0)"),
+        ({"messages": [ASK, ANSWER | {"train": "yes"}]}, "messages[1].train is true or false (or 1 or 0)"),
+        ({"messages": [ASK, ANSWER | {"train": [1]}]}, "messages[1].train is true or false (or 1 or 0)"),
+        (
+            {"messages": [ASK, ANSWER | {"train": True, "loss_weight": 0}]},
+            "messages[1].train is true or false (or 1 or 0)",
+        ),
+        (
+            {"messages": [ASK | {"train": True}, ANSWER]},
+            "messages[0].train would train on a turn that is not the assistant's",
+        ),
+        (
+            {"messages": [ASK, ANSWER | {"tool_calls": [{}]}]},
+            "messages[1].tool_calls[0].name is missing; there is nothing",
+        ),
+        ({"messages": [ASK, ANSWER], "tools": "{"}, "tools is not valid JSON"),
         ({"messages": [ASK, ANSWER], "tools": {"name": "f"}}, "tools is not a list of objects"),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, "conversations[0].from is 'bot'"),
         ({"conversations": [{"from": "human"}]}, "conversations[0].value is missing; there is from"),
         (
             {"conversations": [{"from": "system", "value": "a"}, {"from": "human", "value": "b"}], "system": "c"},
-            "roles in the wrong order: system follows system",
+            "conversations[0] is out of order: system follows system",
         ),
     ],
 )
@@ -327,7 +343,7 @@ def test_real_rows_keep_every_character():
 
     rows = json.loads((DATA / "glaive_toolcall_en_demo.json").read_bytes())
     examples = list(read(DATA / "glaive_toolcall_en_demo.json"))
-    assert [[turn.text for turn in e.turns] for e in examples] == [
+    assert [[turn.text or turn.written for turn in e.turns] for e in examples] == [
         [t["value"] for t in r["conversations"]] for r in rows
     ]
     tools = [json.loads(row["tools"]) for row in rows]

@@ -4,7 +4,7 @@ import unicodedata
 
 import pytest
 
-from minitune.data.formats import Chat, Completion, Instruction, Text, Turn
+from minitune.data.examples import Chat, Completion, Instruction, Text, Turn
 from minitune.data.looks import WORDS, Look, answer_key, evidence, exchanges, look, visible
 
 
@@ -46,6 +46,9 @@ def test_a_chat_is_looked_at_turn_by_turn() -> None:
     assert look(fine) == 0 and list(exchanges(fine)) == [("Who is it?", "It is Ann."), ("And who?", "Ben.")]
     assert look(chat("Who is it?", "It is Ann.", "And who?", "And who?")) == Look.ECHO
     assert look(chat("Who is it?", "It is Ann.", "And who?", "And who?", trained=False)) == 0  # not learned
+    call = Chat((Turn("user", "Call it.", False), Turn("assistant", "", True, more='{"tool_calls": []}')))
+    assert look(call) == 0 and list(exchanges(call)) == [("Call it.", '{"tool_calls": []}')]
+    assert look(Instruction("And who?", "", "Ben.", history=(("Who?", "Who?"),))) == Look.ECHO
 
 
 def test_answers_are_equal_but_for_case_and_white_space() -> None:

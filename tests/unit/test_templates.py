@@ -11,8 +11,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from minitune.data import templates
-from minitune.data.formats import Chat, Completion, Example, Instruction, RowError, Text, Turn, locate, read
-from minitune.data.templates import Document, document, instruction_ids, only_answer, prompt_ids
+from minitune.data.chat_template import View, rendered
+from minitune.data.examples import Chat, Completion, Example, Instruction, Text, Turn
+from minitune.data.formats import locate, read
+from minitune.data.readers import RowError
+from minitune.data.templates import Document, documents, instruction_ids, only_answer, prompt_ids
 from minitune.errors import UserError
 from minitune.tokenizer import Tokenizer, load_tokenizer
 
@@ -111,6 +114,12 @@ def make(tmp_path_factory) -> Callable[..., tuple[Tokenizer, Path]]:
 @pytest.fixture(scope="module")
 def plain(make) -> Tokenizer:
     return make()[0]
+
+
+def document(example: Example, template: str, tokenizer: Tokenizer, **options: bool) -> Document:
+    """The document of an example that is one."""
+    [made] = documents(example, template, tokenizer, **options)
+    return made
 
 
 def shown(example: Document, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -253,7 +262,7 @@ def test_chats_are_rendered_as_transformers_renders_them(make, name):
     reference = AutoTokenizer.from_pretrained(folder)
     compared = refused = 0
     for chat in chats():
-        messages = [{"role": turn.role, "content": turn.text} for turn in chat.turns]
+        messages = [{"role": turn.role, "content": turn.text or turn.written} for turn in chat.turns]
         tools = json.loads(chat.tools) if chat.tools else None
         try:
             whole = reference.apply_chat_template(messages, tools=tools, tokenize=False)
@@ -264,8 +273,8 @@ def test_chats_are_rendered_as_transformers_renders_them(make, name):
             refused += 1
             continue
         asked = reference.apply_chat_template(messages[:-1], tools=tools, tokenize=False, add_generation_prompt=True)
-        assert templates.rendered(chat, len(messages), False, tokenizer) == whole
-        assert templates.rendered(chat, len(messages) - 1, True, tokenizer) == asked
+        all_of_it, before = View(len(messages)), View(len(messages) - 1, ask=True)
+        assert rendered(chat, [all_of_it, before], tokenizer) == {all_of_it: whole, before: asked}
 
         made = document(chat, "auto", tokenizer)
         bos = "" if whole.startswith("<s>") else "<s>"
@@ -289,7 +298,8 @@ def test_a_document_begins_with_one_bos(make, name, adds_bos):
     assert made.ids.count(tokenizer.bos_id) == wanted
     assert (made.ids[0] == tokenizer.bos_id) == wanted
     # The template's own bos, put before by hand as well, would be the second.
-    doubled = [tokenizer.bos_id, *tokenizer.encode(templates.rendered(TALK, 1, True, tokenizer))]
+    asked = View(1, ask=True)
+    doubled = [tokenizer.bos_id, *tokenizer.encode(rendered(TALK, [asked], tokenizer)[asked])]
     assert (doubled.count(tokenizer.bos_id) == 2) == (name in ("llama2", "llama3"))
 
 
@@ -366,7 +376,7 @@ def test_no_token_reaches_over_the_seam(merging):
     assert len(made.ids) == len(prompt) + 4 != len(whole) + 1
 
 
-def test_a_seam_within_a_chat_leaves_the_later_turns_whole(merging):
+def test_an_answer_whose_seam_a_token_would_reach_over_has_a_document_of_its_own(merging):
     tokenizer = replace(merging, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
     chat = Chat(
         tuple(
@@ -374,14 +384,11 @@ def test_a_seam_within_a_chat_leaves_the_later_turns_whole(merging):
             for i, text in enumerate(["cao", "wow", "a ow", "oh"])
         )
     )
-    made = document(chat, "auto", tokenizer)
-    assert [(text, trained) for text, trained in shown(made, tokenizer)] == [
-        ("cao", False),
-        ("wow", True),
-        ("a ow", False),
-        ("oh</s>", True),
-    ]
-    assert made.ids == [id for turn in chat.turns for id in tokenizer.encode(turn.text)] + [tokenizer.eos_id]
+    whole, first = documents(chat, "auto", tokenizer)
+    assert whole.ids == [*tokenizer.encode("caowowa owoh"), tokenizer.eos_id]
+    assert shown(whole, tokenizer) == [("caowowa ow", False), ("oh</s>", True)]
+    assert first.ids == tokenizer.encode("cao") + tokenizer.encode("wow")
+    assert shown(first, tokenizer) == [("cao", False), ("wow", True)]
 
 
 @real_data
@@ -410,11 +417,7 @@ def test_real_rows_come_back_whole(make, name, columns):
                 prompt = templates.alpaca_prompt(example.instruction, example.input)
                 assert made.ids[: len(asked_for(made))] == [tokenizer.bos_id, *tokenizer.encode(prompt)]
             case Chat(turns=turns):
-                assert learned == [
-                    f"{turn.text.rstrip()}<|im_end|>" if False else f"{turn.text}<|im_end|>"
-                    for turn in turns
-                    if turn.train
-                ]
+                assert learned == [f"{turn.text or turn.written}<|im_end|>" for turn in turns if turn.train]
             case Text(text=text):
                 assert learned == [f"{text}</s>"]
         assert made.ids[0] == tokenizer.bos_id
@@ -464,19 +467,28 @@ def test_an_end_that_is_written_already_is_not_doubled(plain):
     assert made.trained[-1]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(make):
+def test_a_template_that_rewrites_earlier_turns_makes_a_document_of_each_answer(make):
     tokenizer, _ = make(FORGETFUL)
     thoughtful = replace(TALK.turns[1], text="<think>hm</think>Hello!")
-    with pytest.raises(RowError, match="writes turn 2 otherwise"):
-        document(Chat((TALK.turns[0], thoughtful, *TALK.turns[2:])), "auto", tokenizer)
-    # without thoughts, or with the thoughtful turn last, it is as good as any
+    chat = Chat((TALK.turns[0], thoughtful, *TALK.turns[2:]))
+    first, last = documents(chat, "auto", tokenizer)
+    assert first == document(Chat(chat.turns[:2]), "auto", tokenizer)
+    assert shown(first, tokenizer)[1] == ("<think>hm</think>Hello!<|im_end|>", True)
+    forgotten = "<s><|im_start|>user\nHi there<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n"
+    assert shown(last, tokenizer) == [
+        (f"{forgotten}<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n", False),
+        ("It is 4.<|im_end|>", True),
+        ("\n", False),
+    ]
+    with pytest.raises(RowError, match=r"data.train_on_prompt would learn some turns several times"):
+        documents(chat, "auto", tokenizer, train_on_prompt=True)
+    # without thoughts it is as good as any
     assert document(TALK, "auto", tokenizer) == document(TALK, "auto", make(CHATML)[0])
-    assert document(Chat((TALK.turns[0], thoughtful)), "auto", tokenizer).ids
 
 
 def test_a_template_that_leaves_out_the_answer_is_refused(make):
     tokenizer, _ = make("{% for m in messages %}{{ m['content'] if m['role'] == 'user' }}\n{% endfor %}")
-    with pytest.raises(RowError, match="leaves out the answer in turn 2"):
+    with pytest.raises(RowError, match="turn 2 is left out by the chat template"):
         document(TALK, "auto", tokenizer)
 
 
@@ -502,11 +514,11 @@ def test_a_tokenizer_without_a_chat_template_says_what_to_set(plain):
             document(example, template, plain)
 
 
-PROMPT_AND_MORE = "{{ 'a' }}{% if add_generation_prompt %}{{ 'b' }}{% else %}{{ 'c' }}{% endif %}"
+PROMPT_AND_MORE = "{{ messages[0]['content'] }}{% if add_generation_prompt %}{{ 'b' }}{% else %}{{ 'c' }}{% endif %}"
 
 
 def test_a_template_that_asks_otherwise_than_it_answers_is_refused(plain):
-    with pytest.raises(RowError, match="does not begin turn 2 as it asks for it"):
+    with pytest.raises(RowError, match="turn 2 is not begun by the chat template as it asks for it"):
         document(Chat(TALK.turns[:2]), "auto", replace(plain, chat_template=PROMPT_AND_MORE))
 
 
