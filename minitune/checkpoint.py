@@ -29,10 +29,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitune import files, optim
+from minitune import files, optim, parallel, sharding
 from minitune.config import Config
 from minitune.data.stream import Stream
-from minitune.errors import UserError
+from minitune.errors import RunFailed, UserError
 from minitune.progress import Progress
 
 FILES = ("trained.safetensors", "optimizer.safetensors", "state.json")
@@ -81,7 +81,10 @@ def identity(cfg: Config, base: dict[str, str], digests: dict[str, str]) -> dict
     """What must be the same for a run to go on: recipe keys that change the result, digests of base and data."""
     unused = ("lora",) if cfg.method == "full" else ()
     drops = cfg.method != "full" and cfg.lora.dropout > 0
-    harmless = {*HARMLESS, *unused} - set(DRAWS if drops else ())
+    draws = set(DRAWS if drops else ())
+    if cfg.train.batch_size == 1:  # each row is then a micro-batch, whichever rank it falls to
+        draws.discard("train.gradient_accumulation_steps")
+    harmless = {*HARMLESS, *unused} - draws
     recipe = {}
     for name, value in asdict(cfg).items():
         keys = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -135,12 +138,14 @@ def snapshot(
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # paged moments are the host's memory too
     state = {"step": progress.step, "optimizer": numbers, "identity": run_is, "progress": asdict(progress)}
-    return Snapshot(progress.step, copied(optim.trained_parameters(model)), copied(tensors), state)
+    return Snapshot(progress.step, copied(model, optim.trained_parameters(model)), copied(model, tensors), state)
 
 
 @torch.no_grad()
-def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+def copied(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole copies in the host memory of the first process; on the others nothing stays."""
+    wholes = sharding.wholes(model, tensors)
+    return {name: tensor.to("cpu", copy=True) for name, tensor in wholes if parallel.is_first()}
 
 
 def write(run: Path, snapshot: Snapshot) -> Path:
@@ -185,16 +190,28 @@ def resume(
     Raises:
         UserError: the checkpoint belongs to a run whose identity differs from `expected`.
     """
-    for path in reversed(checkpoints(run)):
+    progress: Progress | None = None
+
+    def newest() -> str | None:
+        nonlocal progress
+        for path in reversed(checkpoints(run)):
+            try:
+                progress = load(path, model, optimizer, stream, expected)
+            except (Damaged, RecursionError) as damage:  # JSON that somebody has nested too deeply
+                aside = set_aside(path)
+                say(f"checkpoint {path.name} is damaged ({damage}); set aside as {aside.name}")
+            else:
+                say(f"going on from {path.name}")
+                return path.name
+        return None
+
+    found = parallel.of_first(newest)
+    if found is not None and progress is None:  # the first process has found it
         try:
-            progress = load(path, model, optimizer, stream, expected)
-        except (Damaged, RecursionError) as damage:  # JSON that somebody has nested too deeply
-            aside = set_aside(path)
-            say(f"checkpoint {path.name} is damaged ({damage}); set aside as {aside.name}")
-        else:
-            say(f"going on from {path.name}")
-            return progress
-    return None
+            progress = load(run / "checkpoints" / found, model, optimizer, stream, expected)
+        except Damaged as damage:
+            raise RunFailed(f"{found} is whole to the first process, and to this one damaged ({damage})") from None
+    return progress
 
 
 def load(
@@ -214,7 +231,7 @@ def load(
     if progress.stream != stream.state_at(progress.step):
         raise Damaged("its place in the data is not that of its step")
     trained = read_trained(path, model)
-    moments, numbers = read_tensors(path / "optimizer.safetensors"), state["optimizer"]
+    moments, numbers = own(model, read_tensors(path / "optimizer.safetensors")), state["optimizer"]
     check_numbers(moments)
     counted = {progress.applied} if progress.applied else optim.updates(moments, numbers) & {0}
     if optim.updates(moments, numbers) != counted:
@@ -237,7 +254,7 @@ def load_trained(path: Path, model: nn.Module) -> None:
 
 def read_trained(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint, which fit the model."""
-    saved = read_tensors(path / "trained.safetensors")
+    saved = own(model, read_tensors(path / "trained.safetensors"))
     trained = optim.trained_parameters(model)
     if saved.keys() != trained.keys():
         raise Damaged(f"it trains other parameters: {', '.join(sorted(saved.keys() ^ trained.keys())[:5])}")
@@ -297,6 +314,14 @@ def read_small(path: Path) -> dict[str, Any]:
 def is_numbers(value: Any) -> bool:
     """Whether it is a table of whole numbers, as optimizers keep beside their tensors."""
     return isinstance(value, dict) and all(type(x) is int and 0 <= x < 2**53 for x in value.values())
+
+
+def own(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of tensors that are spread over ranks, the rows that are here."""
+    try:
+        return sharding.parts(model, tensors)
+    except ValueError as error:
+        raise Damaged(str(error)) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

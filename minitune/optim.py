@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minitune import sharding
 from minitune.config import OptimConfig
 from minitune.masters import MasterAdamW
 
@@ -41,8 +42,8 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> tuple[torch.optim.Opti
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, for all that train, each once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Name -> parameter, for all that train, each once; of one that is spread over ranks, the rows that are here."""
+    return {name: sharding.share(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def learning_rate(step: int, steps: int, cfg: OptimConfig) -> float:
@@ -86,17 +87,23 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, 
     elif isinstance(optimizer, MasterAdamW):
         optimizer.step(scale, finite)
     elif finite:
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], scale)
+        torch._foreach_mul_(gradients(model), scale)
         optimizer.step()
     return norm, finite
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """The joint norm of all gradients, fp32, its sums too."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if all(g.dtype == torch.float32 for g in gradients):
-        return torch.nn.utils.get_total_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]))
+    grads = gradients(model)
+    if all(g.dtype == torch.float32 for g in grads):
+        norm = torch.nn.utils.get_total_norm(grads)
+    else:
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+    return sharding.joint_norm(model, norm)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in trained_parameters(model).values() if p.grad is not None]
 
 
 CONSTANTS = ("qmap1", "qmap2")  # tables of 8-bit levels that all parameters share; the optimizer makes them anew

@@ -4,7 +4,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from minitune import files, lock, pretrained
+from minitune import files, lock, parallel, pretrained
 from minitune.config import Config, load_config
 from minitune.errors import UserError
 from minitune.log import say
@@ -88,7 +88,8 @@ def note(run: Path, facts: dict[str, Any], progress: Progress, reason: str) -> d
     how_far = {"step": progress.step, "tokens": progress.tokens, "skipped_steps": progress.skipped}
     best = {"best_step": progress.best_step, "best_eval_loss": progress.best_loss}
     whole = {**facts, **how_far, **best, "finish_reason": reason}
-    files.write_json(run / "run.json", whole)
+    if parallel.is_first():
+        files.write_json(run / "run.json", whole)
     return whole
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitune import checkpoint, files
+from minitune import checkpoint, files, parallel
 from minitune.errors import RunFailed
 from minitune.log import say
 from minitune.progress import Progress
@@ -36,8 +36,10 @@ class Saver:
         if progress.step == self.saved:
             return
         self.wait()
-        snapshot = checkpoint.snapshot(model, optimizer, progress, self.run_is)
+        snapshot = checkpoint.snapshot(model, optimizer, progress, self.run_is)  # each process gives its part
         self.saved = progress.step
+        if not parallel.is_first():
+            return
         self.thread = threading.Thread(target=self.write, args=(snapshot,), name="minitune-saver", daemon=True)
         self.thread.start()
 
@@ -71,7 +73,10 @@ class Saver:
         raise error
 
     def wait(self) -> None:
-        """Until the save under way is on the disk. Raises what has gone wrong in it."""
+        """Until the save under way is on the disk. Raises what has gone wrong in it, on all processes."""
+        parallel.on_first(self.join)
+
+    def join(self) -> None:
         if self.thread is not None:
             self.thread.join()
         self.check()
@@ -84,7 +89,7 @@ class Saver:
             self.wait()
             return
         try:
-            self.wait()
+            self.join()
         except Exception as error:  # the run ends by what came first
             say(f"{error}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,19 +18,26 @@ class Stop:
     """Whether a signal has asked the run to stop, and what happens when one does."""
 
     def __init__(self) -> None:
-        self.signum = 0  # the signal that asked; 0 while none has
+        self.noted = 0  # the last signal that this process got; 0 while none came
+        self.signum = 0  # the signal that asks the run to stop, as all its processes saw it when they looked last
+        self.among: Callable[[int], int] = int  # makes of one process' signal that of all
         self.patient = False  # the run will look here and end by itself
 
     def __bool__(self) -> bool:
         return self.signum != 0
+
+    def look(self) -> None:
+        """See whether a signal came. All processes of a run look at the same places, and see the same."""
+        self.signum = self.among(self.noted)
 
     def interrupted(self, how: str) -> Interrupted:
         """What the run ends with."""
         return Interrupted(self.signum, f"{signal.Signals(self.signum).name}: stopped {how}; run again to go on")
 
     def heed(self) -> None:
-        """End the run here if it has been asked to stop."""
-        if self:
+        """End the run here if this process has been asked to stop."""
+        if self.noted:
+            self.signum = self.noted
             raise self.interrupted("before it was done")
 
     @contextmanager
@@ -55,7 +62,7 @@ def stop_signals() -> Iterator[Stop]:
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def note(signum: int, frame: FrameType | None) -> None:
-        stop.signum = signum
+        stop.noted = signum
         for each in SIGNALS:
             signal.signal(each, second(before[each]))
         if not stop.patient:

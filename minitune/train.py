@@ -28,7 +28,7 @@ from minitune.data import Prepared, prepare
 from minitune.data.packing import Batch, Corpus, fill
 from minitune.data.stream import Stream
 from minitune.errors import Interrupted, RunFailed, UserError
-from minitune.log import RunLog, Speed, count, say, versions
+from minitune.log import NoLog, RunLog, Speed, count, say, versions
 from minitune.model import Llama
 from minitune.precision import DTYPES
 from minitune.progress import Progress
@@ -51,17 +51,22 @@ def train(cfg: Config) -> dict[str, Any]:
         RunFailed: the disk, the memory or a worker gave out, or three steps in a row had no finite loss or gradient.
     """
     started = time.time()
-    with stop_signals() as stop, trouble.told(cfg):
-        task = make_task(cfg)
+    with (
+        stop_signals() as stop,
+        parallel.processes(cfg.train.deterministic, cfg.parallel.timeout_seconds) as device,
+        trouble.told(cfg),
+    ):
+        stop.among = parallel.highest
+        task = make_task(cfg, device)
         if cfg.train.resume == "never":
-            runs.set_aside(task.folder)
-        elif (finished := runs.finished(task.folder)) is not None:
+            parallel.on_first(lambda: runs.set_aside(task.folder))
+        elif (finished := parallel.of_first(lambda: runs.finished(task.folder))) is not None:
             checkpoint.check_identity(task.folder / "run.json", finished["identity"], task.identity)
             say(f"{task.folder} is finished ({finished['finish_reason']} at step {finished['step']}); nothing to do")
             return finished
 
-        files.make_folder(task.folder)
-        with lock.hold(task.folder):
+        parallel.on_first(lambda: files.make_folder(task.folder))
+        with parallel.first_in(lambda: lock.hold(task.folder)):
             return run(task, stop, started)
 
 
@@ -80,19 +85,19 @@ class Task:
     identity: dict[str, Any]
 
 
-def make_task(cfg: Config) -> Task:
+def make_task(cfg: Config, device: torch.device) -> Task:
     """Check and read all that can be without loading the model."""
-    device = parallel.start(cfg.train.deterministic)
     folder = Path(cfg.out).resolve()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"out: {folder} is a file; name a folder for the run")
-    base = pretrained.find(cfg.model.path, cfg.model.revision)
+    base = parallel.machine_first(lambda: pretrained.find(cfg.model.path, cfg.model.revision))
     if Path(cfg.model.path).is_dir():  # what is written down must be found from any folder
         cfg = replace(cfg, model=replace(cfg.model, path=str(base.resolve())))
     tokenizer = load_tokenizer(base)
     config = pretrained.read_config(base)
     pretrained.check_fits(config, cfg.data.max_seq_len, tokenizer.vocab_size)
-    data = prepare(cfg.data, tokenizer, cfg.eval.samples)
+    data = parallel.machine_first(lambda: prepare(cfg.data, tokenizer, cfg.eval.samples))
+    parallel.check_same("the documents that come of data.train", data.train.digest)
     check_samples_fit(cfg, data.samples, config)
     stream = make_stream(cfg, data.train, tokenizer)
     data.counts.update(
@@ -100,10 +105,10 @@ def make_task(cfg: Config) -> Task:
         fill=round(fill(data.train.lengths, stream.rows_per_epoch, cfg.data.max_seq_len), 4),
     )
     steps = cfg.train.max_steps or cfg.train.num_epochs * stream.steps_per_epoch
-    identity = checkpoint.identity(cfg, pretrained.fingerprint(base), data.digests)
+    identity = checkpoint.identity(cfg, parallel.of_first(lambda: pretrained.fingerprint(base)), data.digests)
     identity |= {
         "the documents made of the data": data.train.digest,
-        "rows of a step (train.batch_size x train.gradient_accumulation_steps)": stream.rows_per_step,
+        "rows of a step (train.batch_size x train.gradient_accumulation_steps x processes)": stream.rows_per_step,
         "steps": steps,  # the learning rate of every step depends on it
     }
     return Task(cfg, device, folder, base, tokenizer, data, stream, steps, identity)
@@ -112,10 +117,9 @@ def make_task(cfg: Config) -> Task:
 def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     """Build the model, go on from the newest checkpoint, train, hand over."""
     cfg, folder, data = task.cfg, task.folder, task.data
-    for half_made in (folder, folder / "checkpoints"):
-        files.sweep(half_made)
+    parallel.on_first(lambda: [files.sweep(half_made) for half_made in (folder, folder / "checkpoints")])
     model, made_of = build.compose(cfg, task.base, task.device)
-    if cfg.parallel.sharding in ("full", "hybrid"):
+    if parallel.world() == 1 and cfg.parallel.sharding in ("full", "hybrid"):
         made_of += f" (one process: parallel.sharding = '{cfg.parallel.sharding}' has nothing to shard)"
     say(first_line(task, made_of))
     for warning in data.warnings:
@@ -136,14 +140,15 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
         "digests": data.digests,
         "steps": task.steps,
     }
-    data.write_left_out(folder / "left_out.jsonl")
-    files.write_text(folder / "config.toml", dump(cfg))
+    if parallel.is_first():
+        data.write_left_out(folder / "left_out.jsonl")
+        files.write_text(folder / "config.toml", dump(cfg))
     runs.note(folder, facts, progress, "not finished")
 
     try:
         with (
             stop.in_order(),
-            RunLog(folder, task.steps, progress.step, cfg.log.tensorboard) as log,
+            run_log(task, progress) as log,
             Saver(folder, cfg.save.keep_last, task.identity, progress.step) as saver,
         ):
             loop(task, model, optimizer, progress, log, saver, stop)
@@ -155,7 +160,7 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     facts |= {
         "finished": True,
         "handed_over_step": handed_over,
-        "made": runs.made(folder),
+        "made": parallel.of_first(lambda: runs.made(folder)),
         "samples": samples.scores,
         "seconds": round(time.time() - started, 1),
     }
@@ -169,7 +174,7 @@ def loop(
     model: Llama,
     optimizer: torch.optim.Optimizer,
     progress: Progress,
-    log: RunLog,
+    log: RunLog | NoLog,
     saver: Saver,
     stop: Stop,
 ) -> None:
@@ -205,6 +210,7 @@ def loop(
     micro_batches = next_batches()
     while True:
         # ---- after a step, or before the first of this try
+        stop.look()
         better = False
         if evaluation_is_due() and not stop:
             judge(outcomes.all())
@@ -230,7 +236,7 @@ def loop(
         optim.set_learning_rate(optimizer, rate)
         outcomes.add(progress.step + 1, *take_step(model, optimizer, micro_batches, cfg, progress.step))
         progress.step += 1
-        tokens = sum(batch.document_tokens for batch in micro_batches)
+        tokens = parallel.total(sum(batch.document_tokens for batch in micro_batches))
         progress.tokens += tokens
         micro_batches = next_batches()  # while the device computes
         speed.add(tokens)
@@ -255,17 +261,23 @@ def hand_over(task: Task, model: Llama, progress: Progress) -> int:
     step = progress.step
     if progress.best_step not in (None, step):
         best = task.folder / "checkpoints" / checkpoint.name_of(progress.best_step)
-        try:
+        if (damage := parallel.of_first(lambda: checkpoint.damaged(best))) is None:
             checkpoint.load_trained(best, model)
             step = progress.best_step
-        except checkpoint.Damaged as damage:
+        else:
             say(f"warning: the best checkpoint, {best.name}, is damaged ({damage}); the last weights take its place")
     if task.cfg.method == "full":
         weights = pretrained.full_state(model, DTYPES[task.cfg.model.dtype])
-        shards.save(task.folder / "model", weights, like=task.base)
+        parallel.by_first(weights, lambda whole: shards.save(task.folder / "model", whole, like=task.base))
     else:
-        peft_format.save(task.folder / "adapter", model, task.cfg.lora, task.cfg.model)
+        parallel.on_first(lambda: peft_format.save(task.folder / "adapter", model, task.cfg.lora, task.cfg.model))
     return step
+
+
+def run_log(task: Task, progress: Progress) -> RunLog | NoLog:
+    if not parallel.is_first():
+        return NoLog()
+    return RunLog(task.folder, task.steps, progress.step, task.cfg.log.tensorboard)
 
 
 def make_stream(cfg: Config, corpus: Corpus, tokenizer: Tokenizer) -> Stream:
@@ -277,6 +289,8 @@ def make_stream(cfg: Config, corpus: Corpus, tokenizer: Tokenizer) -> Stream:
         accumulation=cfg.train.gradient_accumulation_steps,
         pad_id=tokenizer.pad_id,
         seed=cfg.seed,
+        rank=parallel.rank(),
+        world=parallel.world(),
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -160,6 +161,7 @@ def receive(stream: BinaryIO, dtype: str, shape: list[int]) -> np.ndarray:
 # ---- a tokenizer in words ------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1)
 def stated(tokenizer: Tokenizer) -> dict[str, Any]:
     """All that a tokenizer is, for JSON; what it makes of a text follows from this and the library's version."""
     engine, continuation = tokenizer.engine.to_str(), tokenizer.continuation.to_str()

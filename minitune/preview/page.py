@@ -158,11 +158,12 @@ def body(preview: Preview) -> Iterator[str]:
 
 
 def said(text: str, most: int | None = None) -> str:
-    """Text from outside, fit to stand in the page."""
+    """Text from outside, fit to stand in the page; on one line and cut, where there is a limit."""
+    text = visible(text)
     if most is not None:
         text = " ".join(text.split())
         text = text if len(text) <= most else text[: most - 3] + "..."
-    return f"<bdi>{escape(visible(text))}</bdi>"
+    return f"<bdi>{escape(text)}</bdi>"
 
 
 def row(shown: Shown) -> str:

@@ -149,7 +149,7 @@ class Writer:
 
     def fitted(self, text: str, columns: int) -> str:
         """A text on one line of so many columns: cut, or filled up with spaces."""
-        line = self.one_line(" ".join(text.split()))
+        line = " ".join(visible(text).split())
         if width(line) > columns:
             while width(line) > columns - 3:
                 line = line[: len(line) - max(1, (width(line) - columns + 3) // 2)]

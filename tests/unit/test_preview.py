@@ -335,6 +335,13 @@ def test_the_page_needs_nothing_and_allows_nothing() -> None:
     assert set(opened - closed) <= {"!doctype", "meta", "br", "rect", "line"} and not closed - opened
 
 
+def test_what_is_shown_on_one_line_still_shows_what_is_unseen() -> None:
+    found = Found("words", 1, [("a:1", "first\u2028second \u200b\n\tthird")])
+    seen = replace(filled("x"), looks=[found])
+    for made in (page.html(seen), terminal.text(seen, colour=False)):
+        assert "first\\u{2028}second \\u{200b} third" in made
+
+
 def test_trained_tokens_are_marked_in_page_and_terminal() -> None:
     shown = Shown("a:1", 5, 2, [Stretch("asked ", False), Stretch("told\nit", True)], "told\nit")
     seen = replace(filled("x"), rows=[shown])
