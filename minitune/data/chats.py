@@ -36,30 +36,53 @@ def scripts(chat: Chat, tokenizer: Tokenizer) -> list[Script]:
     refuse_left_out(chat, views[whole])
 
     found: list[Script] = []
-    text, answers, end = "", [], 0  # the text so far, the answers in it, and where the last of them ends
+    text, answers = "", []  # the text so far, and the answers in it
     for number in learned:
         turn, prompt, upto = chat.turns[number], views[asked[number]], views[answered[number]]
-        answer = marked_answer if by_marks else plain_answer
-        upto, here = answer(prompt, upto, named(turn, number), tokenizer)
-        if here is None:
+        upto, answer = (marked_answer if by_marks else plain_answer)(prompt, upto, named(turn, number), tokenizer)
+        if answer is None:
             continue
-        if prompt[:end] != text[:end]:  # what was written before is written otherwise by now
+        kept = as_in(prompt, text, answers, tokenizer)
+        if kept is None:  # what was written before is written otherwise by now
             found.append(finished(text, answers, tokenizer))
-            answers, end = [], 0
-        refuse_partly_shown(turn, upto[end:], named(turn, number))
-        text, end = upto, here.spans[-1][1]
-        answers.append(here)
-    if views[whole][:end] == text[:end]:
-        text = views[whole]
-    return [*found, finished(text, answers, tokenizer)]
+        refuse_partly_shown(turn, upto[answers_end(kept) :], named(turn, number))
+        text, answers = upto, [*(kept or []), answer]
+    kept = as_in(views[whole], text, answers, tokenizer)
+    if kept is None:  # all turns together hold no answer to be learned
+        found.append(finished(text, answers, tokenizer))
+    return [*found, finished(views[whole], kept or [], tokenizer)]
+
+
+def as_in(later: str, text: str, answers: list[Answer], tokenizer: Tokenizer) -> list[Answer] | None:
+    """The answers of a text where a later text begins with them, too; None where it writes them otherwise.
+
+    A text may close its last answer once more, with the end of the whole; this is no part of the answer where the
+    later text goes on without.
+    """
+    end = answers_end(answers)
+    if later[:end] == text[:end]:
+        return answers
+    pairs = enumerate(zip(later, text, strict=False))
+    shared = text[: next((at for at, (theirs, ours) in pairs if theirs != ours), len(later))].rstrip()
+    *before, last = answers
+    start, _ = last.spans[-1]
+    closed = shared.endswith(closers(tokenizer)) and text[len(shared) : end].strip() in closers(tokenizer)
+    if not closed or len(shared) <= start:
+        return None
+    return [*before, Answer(last.asked, (*last.spans[:-1], (start, len(shared))))]
+
+
+def answers_end(answers: list[Answer] | None) -> int:
+    """Where the last answer ends."""
+    return answers[-1].spans[-1][1] if answers else 0
 
 
 def finished(text: str, answers: list[Answer], tokenizer: Tokenizer) -> Script:
     """A text that ends with an answer: closed as the template closes it, else by eos."""
     bare = text.rstrip()
-    return (
-        Script(text, tuple(answers)) if bare.endswith(closers(tokenizer)) else Script(bare, tuple(answers), ends=True)
-    )
+    if bare.endswith(closers(tokenizer)):
+        return Script(text, tuple(answers))
+    return Script(bare, tuple(answers), ends=True)
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,6 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from operator import itemgetter
 
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Engine
@@ -105,46 +104,66 @@ def encode_all(engine: Engine, texts: list[str]) -> list[list[int]]:
 # ---- scripts -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The ids of a text, and the characters that each is of."""
+
+    ids: list[int]
+    starts: list[int]
+    stops: list[int]
+
+    @classmethod
+    def of(cls, encoding: Encoding) -> "Tokens":
+        offsets = encoding.offsets
+        return cls(encoding.ids, [start for start, _ in offsets], [stop for _, stop in offsets])
+
+    def before(self, place: int) -> int:
+        """How many tokens end at a place of the text, or before it."""
+        return bisect_right(self.stops, place)
+
+    def marked(self, spans: Iterable[tuple[int, int]]) -> list[bool]:
+        """Whether each token holds a character of one of the spans."""
+        marks = [False] * len(self.ids)
+        for start, stop in spans:
+            first, after = self.before(start), bisect_left(self.starts, stop)
+            marks[first:after] = [True] * (after - first)
+        return marks
+
+
 def encoded_scripts(scripts: Sequence[Script], tokenizer: Tokenizer) -> list[list[Document]]:
     """Each script as a whole; where a token would reach over the seam of an answer, that answer stands in a document
     of its own instead, as what goes on after its prompt."""
-    wholes = tokenizer.engine.encode_batch([script.text for script in scripts], add_special_tokens=False)
-    asked = [
-        Seam.at(answer.asked, script.text, whole, tokenizer)
+    encodings = tokenizer.engine.encode_batch([script.text for script in scripts], add_special_tokens=False)
+    wholes = [Tokens.of(encoding) for encoding in encodings]
+    prompts = [
+        prompt_end(answer, script, whole, tokenizer)
         for script, whole in zip(scripts, wholes, strict=True)
         for answer in script.answers
     ]
-    alone = iter(encode_all(tokenizer.engine, [seam.tail for seam in asked]))
-    seams = iter(asked)
+    alone = encode_all(tokenizer.engine, [text for text, _ in prompts])
+    as_asked = iter([ids == expected for ids, (_, expected) in zip(alone, prompts, strict=True)])
     documents = []
     for script, whole in zip(scripts, wholes, strict=True):
-        as_asked = [next(alone) == next(seams).ids for _ in script.answers]
-        spans = [span for answer, fits in zip(script.answers, as_asked, strict=True) if fits for span in answer.spans]
-        found = []
-        if spans or all(as_asked):
-            found.append(begun(*marked(whole, spans, tokenizer.eos_id if script.ends else None), tokenizer))
-        for answer, fits in zip(script.answers, as_asked, strict=True):
-            if not fits:
-                found.append(continued(script, answer, tokenizer))
+        fitting = [(answer, next(as_asked)) for answer in script.answers]
+        within = [answer for answer, fits in fitting if fits]
+        outside = [answer for answer, fits in fitting if not fits]
+        found = [continued(script, answer, tokenizer) for answer in outside]
+        if within or not outside:
+            marks = whole.marked(span for answer in within for span in answer.spans)
+            found.insert(0, ended(whole.ids, marks, script.ends, tokenizer))
         documents.append(found)
     return documents
 
 
-@dataclass(frozen=True)
-class Seam:
-    """The ids of a whole text that stand before an answer, from the last token on that nothing merges with."""
-
-    tail: str  # what must have these ids by itself
-    ids: list[int]
-
-    @classmethod
-    def at(cls, place: int, text: str, whole: Encoding, tokenizer: Tokenizer) -> "Seam":
-        ids = whole.ids[: bisect_right(whole.offsets, place, key=itemgetter(1))]
-        control = fences(tokenizer)
-        first = next((number for number in reversed(range(len(ids))) if ids[number] in control), None)
-        if first is None:
-            return cls(text[:place], ids)
-        return cls(text[whole.offsets[first][0] : place], ids[first:])
+def prompt_end(answer: Answer, script: Script, whole: Tokens, tokenizer: Tokenizer) -> tuple[str, list[int]]:
+    """The end of a prompt, and the ids that it has in the whole text: from the last fence on, as no token is merged
+    across one. Only if it has these ids by itself, too, does the whole text begin with the ids of the prompt."""
+    ids = whole.ids[: whole.before(answer.asked)]
+    cut = fences(tokenizer)
+    fence = next((number for number in reversed(range(len(ids))) if ids[number] in cut), None)
+    if fence is None:
+        return script.text[: answer.asked], ids
+    return script.text[whole.starts[fence] : answer.asked], ids[fence:]
 
 
 @lru_cache(maxsize=8)
@@ -155,27 +174,17 @@ def fences(tokenizer: Tokenizer) -> frozenset[int]:
     return frozenset(id for id, token in added if not token.normalized and not token.single_word)
 
 
-def marked(encoding: Encoding, spans: list[tuple[int, int]], end: int | None) -> tuple[list[int], list[bool]]:
-    """Ids with the tokens of some spans trained: every token that holds a character of one; then an `end`, if any,
-    trained as the last of them is."""
-    ids, offsets = encoding.ids, encoding.offsets
-    trained = [False] * len(ids)
-    for start, stop in spans:
-        first = bisect_right(offsets, start, key=itemgetter(1))
-        after = bisect_left(offsets, stop, key=itemgetter(0))
-        trained[first:after] = [True] * (after - first)
-    if end is not None and ids[-1:] != [end]:
-        ids.append(end)
-        trained += trained[-1:]
-    return ids, trained
-
-
 def continued(script: Script, answer: Answer, tokenizer: Tokenizer) -> Document:
     """A prompt with the ids that it has alone, then an answer with those of a continuation."""
-    stop = answer.spans[-1][1]
-    prompt = tokenizer.encode(script.text[: answer.asked])
-    rest = tokenizer.continuation.encode(script.text[answer.asked : stop], add_special_tokens=False)
-    spans = [(start - answer.asked, stop - answer.asked) for start, stop in answer.spans]
+    prompt, stop = tokenizer.encode(script.text[: answer.asked]), answer.spans[-1][1]
+    rest = Tokens.of(tokenizer.continuation.encode(script.text[answer.asked : stop], add_special_tokens=False))
+    marks = rest.marked((start - answer.asked, stop - answer.asked) for start, stop in answer.spans)
     ends = script.ends and stop == len(script.text)
-    ids, trained = marked(rest, spans, tokenizer.eos_id if ends else None)
-    return begun([*prompt, *ids], [*[False] * len(prompt), *trained], tokenizer)
+    return ended([*prompt, *rest.ids], [*[False] * len(prompt), *marks], ends, tokenizer)
+
+
+def ended(ids: list[int], trained: list[bool], ends: bool, tokenizer: Tokenizer) -> Document:
+    """A document with an eos after it, where it takes one; it is trained as the last token before it is."""
+    if ends and ids[-1:] != [tokenizer.eos_id]:
+        ids, trained = [*ids, tokenizer.eos_id], [*trained, *trained[-1:]]
+    return begun(ids, trained, tokenizer)

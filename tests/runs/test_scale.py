@@ -25,8 +25,8 @@ def write_rows(path: Path, size: int) -> int:
     with open(path, "w", encoding="utf-8") as file:
         while file.tell() < size:
             for _ in range(1000):
-                said = " ".join(draw.choices(WORDS, k=170))
-                row = {"instruction": f"Sum up number {rows}.", "input": said[:600], "output": said[600:]}
+                said = " ".join(draw.choices(WORDS, k=draw.randrange(20, 320)))
+                row = {"instruction": f"Sum up number {rows}.", "input": said[:80], "output": said[80:]}
                 file.write(json.dumps(row) + "\n")
                 rows += 1
     return rows
