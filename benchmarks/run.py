@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --folder /tmp/bench --out benchmarks/results/H200-2026-01-31.json
     python benchmarks/run.py --folder /tmp/bench --out x.json --cases lora-fast qlora-fast --no-rivals
+    python benchmarks/run.py --folder /tmp/bench --out x.json --call 3 --data data --tokenizer data/tokenizer.model
     python benchmarks/run.py --folder /tmp/bench --out x.json --size tiny --steps 5            # on a CPU, in seconds
 
 The cases are in cases.toml. Each measurement runs in a process of its own: minitune's by measure.py, the rivals' by
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="for models, rows and runs; needs 17 GB for rivals")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--cases", nargs="*", help="names in cases.toml; all")
+    parser.add_argument("--call", type=int, help="the cases of this number: ten minutes with their rivals on a card")
     parser.add_argument("--data", type=Path, help="the folder of the data files that some cases name")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.model to read them with; the built-in one")
     parser.add_argument("--size", choices=SIZES, help="of the model, in place of the cases' own")
@@ -56,7 +58,7 @@ def main() -> None:
 
     cases = tomllib.loads((HERE / "cases.toml").read_text())
     chosen, left_out = [], []
-    for name in options.cases or cases:
+    for name in options.cases or [name for name, case in cases.items() if options.call in (None, case["call"])]:
         case = DEFAULTS | cases[name] | {"name": name}
         case |= {key: value for key in ("size", "steps") if (value := getattr(options, key))}
         (left_out if "data" in case and options.data is None else chosen).append(case)
@@ -240,7 +242,7 @@ def measure_rival(
     log = out.with_suffix(".log")
     code = run([str(HERE / "peers" / "peer.py"), str(settings), str(out)], log, options.timeout)
     result = json.loads(out.read_text()) if out.exists() else {"failed": f"{code}: {log.read_text()[-1500:]}"}
-    return told(case, rival["system"], settings) | result
+    return told(case | rival, rival["system"], settings) | result
 
 
 def run(arguments: list[str], log: Path, timeout: int) -> str:

@@ -1,6 +1,6 @@
 """Models and data of a known size for benchmarks: random weights, the built-in tokenizer, rows of known length.
 
-    python benchmarks/shapes.py FOLDER [--size 8b]      # writes the model
+    python benchmarks/shapes.py FOLDER [--size 8b --layers 32]      # writes the model
 
 The work of a step does not depend on what the weights and tokens are, as long as they are not all equal.
 """
@@ -47,12 +47,13 @@ SIZES = {
 }
 
 
-def write_model(folder: Path, size: str, weights: bool = True) -> None:
-    """A model folder of this size: normal(0, 0.02), made on the GPU where there is one; or all but the weights."""
+def write_model(folder: Path, size: str, weights: bool = True, layers: int = 0) -> None:
+    """A model folder of this size: normal(0, 0.02), made on the GPU where there is one; or all but the weights.
+    `layers`: that many in place of the size's own."""
     companions = folder.with_name(folder.name + "-companions")
     shutil.copytree(TINY, companions, dirs_exist_ok=True)
     (companions / "model.safetensors").unlink()
-    shape = SIZES[size]
+    shape = SIZES[size] | ({"num_hidden_layers": layers} if layers else {})
     config = json.loads((TINY / "config.json").read_text()) | shape
     config |= {"head_dim": shape["hidden_size"] // shape["num_attention_heads"], "tie_word_embeddings": False}
     config |= {"max_position_embeddings": 131072, "rope_theta": 500000.0, "torch_dtype": "bfloat16"}
@@ -89,8 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="8b")
+    parser.add_argument("--layers", type=int, default=0, help="in place of the size's own")
     options = parser.parse_args()
-    write_model(options.folder, options.size)
+    write_model(options.folder, options.size, layers=options.layers)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import torch
 
-from minitune import adapters, attention, byhand, nf4, parallel, plan, pretrained
+from minitune import adapters, attention, byhand, nf4, parallel, plan, pretrained, sharding
 from minitune.byhand import Keep
 from minitune.config import Config
+from minitune.errors import UserError
 from minitune.kernels import launch
-from minitune.model import Llama
+from minitune.model import Llama, LlamaConfig
 from minitune.offload import HostMemory
+from minitune.plan import Choice, Memory
 from minitune.precision import DTYPES
 
 
@@ -29,6 +31,7 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
     dtype = DTYPES[cfg.model.dtype]
     with torch.device("meta"):
         model = Llama(config)
+    pretrained.check_weights(model, base)  # before anything takes memory on config.json's word
     model.to(dtype)
     if cfg.method == "qlora":
         nf4.quantize_linears(model, dtype)  # Linear -> NF4Linear, still empty
@@ -37,8 +40,7 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
     kernel = attention.use(model, cfg.model.attention, device, dtype)
 
     slow = why_not_by_hand(model, cfg, device)
-    need = plan.memory(model, config, cfg, by_hand=slow is None)
-    choice = plan.choose(need, parallel.free_memory(device), cfg, by_hand=slow is None)
+    how_spread, need, choice = spread(model, config, cfg, device, by_hand=slow is None)
     if slow is None:
         byhand.by_hand(model, choice.keep, HostMemory(device) if choice.host else None, choice.dense)
         how = "fused blocks"
@@ -52,9 +54,18 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
         how = f"{'compiled' if compiled else 'plain'} blocks ({slow})" if slow else "plain blocks"
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    if cfg.method == "full" and cfg.train.gradient_accumulation_steps > 1:
+    if cfg.method == "full" and cfg.train.gradient_accumulation_steps * parallel.world() > 1:
         for parameter in trained:
             parameter.grad_dtype = torch.float32  # a sum over micro-batches; of one alone bf16 keeps what bf16 made
+    if parallel.world() > 1:
+        how += f", {parallel.world()} processes, {how_spread}"
+    if how_spread != "replicate":
+        if cfg.method == "full" and cfg.optim.name == "paged_adamw_8bit" and device.type == "cuda":
+            raise UserError(
+                "optim.name: 8-bit moments have a scale for every 256 numbers, which ranks would cut anywhere; set it "
+                "to paged_adamw_32bit where parallel.sharding is not replicate"
+            )
+        sharding.shard(model, how_spread, device)
     parts = [
         f"{sum(p.numel() for p in trained):,} parameters train",
         f"{cfg.model.dtype} on {device.type}",
@@ -64,6 +75,26 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
         f"about {need.total(choice) / 1e9:.3g} GB",
     ]
     return model, ", ".join(parts)
+
+
+def spread(
+    model: Llama, config: LlamaConfig, cfg: Config, device: torch.device, by_hand: bool
+) -> tuple[str, Memory, Choice]:
+    """How the ranks hold the model, what that needs on each, and what its blocks keep: as the recipe says, or the
+    first that fits of a model whole on each, on each machine, on all."""
+    here, world = sharding.ranks_a_machine(), parallel.world()
+    ways = {"replicate": 1, "hybrid": here, "full": world}
+    if 1 in (here, world // here):
+        ways["hybrid"] = ways["replicate" if here == 1 else "full"]  # on one machine, or with one rank on each
+    wanted = cfg.parallel.sharding
+    free = -parallel.highest(-parallel.free_memory(device))  # of the rank that has least
+    for shards in sorted({ways[wanted]} if wanted != "auto" else set(ways.values())):
+        need = plan.memory(model, config, cfg, by_hand, world, shards)
+        choice = plan.choose(need, free, cfg, by_hand)
+        if plan.fits(need, choice, free):
+            break
+    how = "replicate" if shards == 1 else "full" if shards == world else "hybrid"
+    return how, need, choice
 
 
 def why_not_by_hand(model: Llama, cfg: Config, device: torch.device) -> str | None:
@@ -82,7 +113,9 @@ def fill(model: Llama, cfg: Config, base: Path, device: torch.device) -> None:
     parallel.materialize((module for module in model.modules() if id(module) not in inside), device)
     for layer, modules in zip(model.layers, blocks, strict=True):
         parallel.materialize(modules, device)
-        if cfg.method != "qlora":
+        if cfg.method != "qlora" and not sharding.is_sharded(model):
             byhand.lay_side_by_side(layer)  # at once: what it frees serves the next block
     pretrained.load_base(model, base)  # stream the shards, quantizing as they come
     adapters.reset(model, cfg.seed)  # the same start wherever it runs
+    if sharding.is_sharded(model):
+        sharding.check(model, device)  # what is gathered is what was read

@@ -16,9 +16,12 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 
+from minitune import secrets
 from minitune.errors import UserError
-from minitune.rules import Knob, above, at_least, below, filled, knob, one_of, unrepeated
+from minitune.foreign import read_bytes
+from minitune.rules import Knob, above, all_above, at_least, below, filled, knob, one_of, unrepeated
 
+LONGEST, DEEPEST = 1_000_000, 1000  # bytes of a recipe, and parts of a key in it
 EXAMPLE = Path(__file__).parent / "tiny" / "recipe.toml"  # what runs when no recipe is named
 FULL_LEARNING_RATE = 2e-5  # the default where all weights train
 LORA_VARIANTS = ("lora",)  # those in minitune/adapters; a new one adds its name
@@ -36,7 +39,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    train: Annotated[tuple[str, ...], filled()] = ("data/train.jsonl",)  # .json .jsonl .txt files, or "tiny" (built in)
+    train: Annotated[tuple[str, ...], filled()] = (
+        "data/train.jsonl",
+    )  # .json .jsonl .txt .parquet files, hf://, "tiny"
+    weights: Annotated[tuple[float, ...], all_above(0)] = ()  # how often an epoch takes each of them; empty: once
     eval: tuple[str, ...] = ()  # files to evaluate on; empty: hold out eval_fraction
     eval_fraction: Annotated[float, at_least(0), below(1)] = 0.1  # of the documents; not used where eval names files
     format: Literal["auto", "alpaca", "prompt_completion", "messages", "sharegpt", "text"] = "auto"  # of a row
@@ -47,7 +53,11 @@ class DataConfig:
     packing: bool = True  # several documents to a row; they never see each other
     overlong: Literal["drop", "truncate", "error"] = "drop"  # documents longer than max_seq_len
     bad_rows: Literal["error", "skip"] = "error"  # rows that cannot be read, or have nothing to learn
-    deduplicate: bool = True  # keep one of equal documents
+    deduplicate: bool = True  # keep one of equal documents, and train on none that is in eval
+    near_duplicates: Literal["report", "remove", "off"] = "report"  # rows that say nearly the same
+    checks: Literal["error", "warn"] = "error"  # what to do about data that can hardly be meant
+    category: str = ""  # the column to count rows by; empty: by their first words
+    cache: Annotated[str, filled()] = "auto"  # the folder to keep tokenised data in; auto: the user's cache; none
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class SaveConfig:
 @dataclass(frozen=True)
 class ParallelConfig:
     sharding: Literal["auto", "replicate", "full", "hybrid"] = "auto"  # what each GPU holds of the frozen base
+    timeout_seconds: Annotated[int, at_least(5)] = 600  # a process that does not move for so long ends the job
 
 
 @dataclass(frozen=True)
@@ -164,6 +175,8 @@ def contradictions(cfg: Config, given: dict[str, str]) -> Iterator[tuple[tuple[s
         yield ("eval.samples", "data.format"), "raw text has no prompts to be answered; set eval.samples=0"
     if cfg.data.template != "auto" and cfg.data.format == "text":
         yield ("data.template", "data.format"), "raw text goes into no template; leave it at auto"
+    if cfg.data.weights and len(cfg.data.weights) != len(cfg.data.train):
+        yield ("data.weights", "data.train"), "one weight for each file of train, or none at all"
     if len(set(cfg.data.columns.values())) < len(cfg.data.columns):
         yield ("data.columns",), "two columns are given one name"
     if cfg.model.attention in ("flash", "varlen") and cfg.model.dtype == "float32":
@@ -216,6 +229,7 @@ def load_config(arguments: list[str]) -> Config:
     settings = [(str(recipe), key, value) for key, value in flat(table)]
     settings += [(COMMAND_LINE, key, value) for key, value in overrides]
     for place, key, value in settings:
+        secrets.note(key, value)
         if complaint := what_is_wrong(key, value):
             problems.append((place, f"{key}: {complaint}"))
             wrong.add(key)
@@ -236,7 +250,7 @@ def load_config(arguments: list[str]) -> Config:
 
 def dump(cfg: Config) -> str:
     """The whole recipe as TOML; load_config reads it back to an equal Config."""
-    return tomli_w.dumps(asdict(cfg))
+    return tomli_w.dumps(secrets.hidden_in(asdict(cfg)))
 
 
 def usage() -> str:
@@ -288,9 +302,12 @@ def read_value(text: str, kind: type) -> Any:
 def read_recipe(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The TOML of a file, and what keeps it from being read."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig")), []
-    except OSError as error:
-        problem = f"this recipe cannot be read ({error.strerror}); a key is set as key.path=value"
+        text = read_bytes(path, LONGEST).decode("utf-8-sig")
+        if any(key.count(".") > DEEPEST for line in text.split("\n") for key in line.split("=")[:-1]):
+            raise ValueError(f"a key of more than {DEEPEST} parts")  # each part costs the parser all those before it
+        return tomllib.loads(text), []
+    except UserError as error:
+        return {}, [(str(path), f"this recipe cannot be read ({error}); a key is set as key.path=value")]
     except UnicodeDecodeError as error:
         problem = f"this recipe is not UTF-8 text (byte {error.start})"
     except (ValueError, RecursionError) as error:

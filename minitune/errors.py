@@ -3,14 +3,21 @@
 import sys
 from collections.abc import Callable
 
+from minitune import secrets
+
+LINE = 2000  # characters of a message that are shown; a file may have put anything into one
+
 
 class UserError(Exception):
     """Something the user can mend: a key, a row, a file. The message is one clear sentence that says
     where it is and what to do; the program prints it without a traceback and exits with 2."""
 
 
-class Interrupted(Exception):
-    """A signal asked the run to stop, and it did so in order. `signum` gives the exit code 128 + signum."""
+class Interrupted(BaseException):
+    """A signal asked the run to stop, and it did so in order. `signum` gives the exit code 128 + signum.
+
+    No Exception, as KeyboardInterrupt is none: what a library does about its errors must not swallow it.
+    """
 
     def __init__(self, signum: int, message: str) -> None:
         super().__init__(message)
@@ -23,19 +30,22 @@ class RunFailed(Exception):
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Call `main(arguments)` and leave the process with the exit code its ending asks for."""
+    secrets.guard_streams()
     try:
         main(sys.argv[1:])
     except UserError as error:
-        end(f"error: {error}", 2)
+        end(error, f"error: {error}", 2)
     except RunFailed as error:
-        end(f"failed: {error}", 1)
+        end(error, f"failed: {error}", 1)
     except Interrupted as error:
-        end(str(error), 128 + error.signum)
-    except KeyboardInterrupt:
-        end("interrupted", 130)
+        end(error, str(error), 128 + error.signum)
+    except KeyboardInterrupt as interrupt:
+        end(interrupt, "interrupted", 130)
 
 
-def end(message: str, code: int) -> None:
-    """Say `message` on stderr and exit."""
-    print(message, file=sys.stderr, flush=True)
+def end(error: BaseException, message: str, code: int) -> None:
+    """Say `message` on stderr, unless another process of the run has said the same (`said`), and exit."""
+    if not getattr(error, "said", False):
+        lines = [line if len(line) <= LINE else f"{line[:LINE]}..." for line in message.split("\n")]
+        print(secrets.hidden("\n".join(lines)), file=sys.stderr, flush=True)
     sys.exit(code)

@@ -4,23 +4,45 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from torch import Tensor
-
+from minitune import secrets
 from minitune.errors import UserError
+from minitune.foreign import read_json as read_json  # what is read here was written here, or says that it was
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PIECE = 2**24  # bytes at a time
+DTYPES = {  # safetensors' names, in the order in which its files hold them
+    "int64": "I64",
+    "float64": "F64",
+    "float32": "F32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "int16": "I16",
+    "int8": "I8",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step: a reader, or a crash, sees the old file or the new one."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to fill; when the block ends well it takes the place of `path` in one step.
+
+    A reader, or a crash, sees the old file or the new one. Its mode follows the umask.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.unlink(missing_ok=True)  # of a run that was killed, and whose number this one has got
     try:
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
+        with open(part, "xb", buffering=0) as file:
+            yield file
             os.fsync(file.fileno())
         os.replace(part, path)
     finally:
@@ -28,27 +50,56 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
-def write_text(path: Path, text: str) -> None:
-    write_bytes(path, text.encode())
+def write_bytes(path: Path, data: bytes) -> str:
+    """Returns the sha256 of what was to be written."""
+    with replacing(path) as file:
+        write_all(file, data)
+    return hashlib.sha256(data).hexdigest()
 
 
-def write_json(path: Path, value: object) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def write_text(path: Path, text: str) -> str:
+    return write_bytes(path, text.encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file with the metadata that transformers and PEFT expect."""
-    from safetensors.torch import save_file
+def write_json(path: Path, value: object) -> str:
+    return write_text(path, json.dumps(secrets.hidden_in(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        save_file({name: t.detach().contiguous() for name, t in tensors.items()}, part, {"format": "pt"})
-        os.chmod(part, 0o666 & ~umask())  # safetensors creates files 0600, whatever the umask
-        sync(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    sync(path.parent)
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
+    """Write a safetensors file with the metadata that transformers and PEFT expect; returns the sha256 of its bytes.
+
+    Byte for byte what the library writes, tensor by tensor and digested on the way. The library's own writer would
+    hold all of it twice, flush nothing, and tell of a full disk by an error of its own.
+    """
+    kinds = {name: DTYPES[str(tensor.dtype).removeprefix("torch.")] for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: (list(DTYPES.values()).index(kinds[name]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": kinds[name], "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with replacing(path) as file:
+        for piece in (len(text).to_bytes(8, "little"), text, *map(raw_bytes, map(tensors.get, order))):
+            digest.update(piece)
+            write_all(file, piece)
+    return digest.hexdigest()
+
+
+def raw_bytes(tensor: "Tensor") -> memoryview:
+    """The bytes of a tensor, row by row."""
+    import torch
+
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write all of it: a single call may take less."""
+    rest = memoryview(data)
+    while len(rest):
+        rest = rest[file.write(rest[:PIECE]) :]
 
 
 @contextmanager
@@ -56,35 +107,58 @@ def new_folder(path: Path) -> Iterator[Path]:
     """Fill a temporary folder; when the block ends well it becomes `path`, replacing what was there.
 
     If the block raises, `path` is as it was. A process killed in between leaves `path` or, in the moment between the
-    two renames, what was there under another name; the next call puts that back, and clears the temporary folder.
+    two renames, what was there under another name; `sweep` puts that back, and clears the temporary folder.
     """
     part, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-    if old.exists() and not path.exists():
-        os.replace(old, path)
+    put_back(old)
     for leftover in (part, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part.mkdir(parents=True)
+        remove(leftover)
+    make_parents(path.parent)
+    part.mkdir()
     try:
         yield part
         sync(part)
-        if path.exists():
+        if os.path.lexists(path):
             os.replace(path, old)
         try:
             os.replace(part, path)
         except OSError:
-            if old.exists():
-                os.replace(old, path)
+            put_back(old)
             raise
         sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
+
+
+def sweep(folder: Path) -> None:
+    """Clear away what writers that were killed left half-made in a folder, which nobody else may be writing to."""
+    for old in folder.glob(".*.old"):
+        put_back(old)
+    for pattern in (".*.part", ".*.old"):
+        for leftover in folder.glob(pattern):
+            remove(leftover)
+
+
+def put_back(old: Path) -> None:
+    """Give `.name.old` its name again, if nothing has taken its place."""
+    path = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+    if os.path.lexists(old) and not os.path.lexists(path):
+        os.replace(old, path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a folder, if it is there and as far as it can be deleted."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:
     """Make sure that `path` is a folder that can be written to, or raise UserError."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        make_parents(path)
         probe = path / ".probe"
         probe.touch()
         probe.unlink()
@@ -92,17 +166,34 @@ def make_folder(path: Path) -> None:
         raise UserError(f"{path} cannot be written to: {error.strerror}") from None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the user's."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError:
-        raise UserError(f"{path} is missing or cannot be read") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
+def make_parents(path: Path) -> None:
+    """Make a folder and those above it, each of them safe on the disk."""
+    if not path.is_dir():
+        make_parents(path.parent)
+        path.mkdir(exist_ok=True)
+        sync(path.parent)
+
+
+def read_plain(path: Path, most: int) -> bytes:
+    """The bytes of a plain file of at most `most`. No link is followed, and no pipe or device waited for.
+
+    Raises:
+        OSError: it is not there, is something else, or cannot be read.
+        ValueError: it is larger.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError(f"{path} is no plain file")
+        if facts.st_size > most:
+            raise ValueError(f"{path} has {facts.st_size:,} bytes; at most {most:,} are read")
+        return file.read(most + 1)
+
+
+def is_plain(path: Path) -> bool:
+    """Whether `path` is a file: no link, folder, pipe or device."""
+    return os.path.lexists(path) and stat.S_ISREG(os.lstat(path).st_mode)
 
 
 def sync(path: Path) -> None:
@@ -120,7 +211,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def forget(path: Path) -> None:
+    """Drop the system's copy of a file that is safe on the disk, so that it is the disk that is read next."""
+    if hasattr(os, "posix_fadvise"):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)

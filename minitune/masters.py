@@ -63,7 +63,7 @@ class MasterAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             rate = Rate(group["lr"], group["weight_decay"], group["betas"], group["eps"], numbers)
             for parameter in group["params"]:
-                if parameter.grad is not None:
+                if parameter.grad is not None and parameter.numel():  # of a small one, some ranks may have no rows
                     state = self.state[parameter]
                     moments = [moment(state, name) for name in ("exp_avg", "exp_avg_sq")]
                     adamw_(parameter, state["lower"], parameter.grad.contiguous(), *moments, rate)

@@ -102,6 +102,19 @@ class NF4Product(torch.autograd.Function):
         return grad @ weight, *[None] * 7
 
 
+def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A dense weight (rows, in) -> bytes (rows, in/2) and fp32 scales (rows, in/64), row by row."""
+    packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, compress_statistics=False, quant_type="nf4")
+    return packed.view(len(weight), -1), state.absmax.view(len(weight), -1)
+
+
+def nested(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All fp32 scales of a weight, flat -> their own bytes, the scales of these, and their mean."""
+    offset = scales.mean()
+    absmax, state = bnb.quantize_blockwise(scales - offset, blocksize=NESTED_BLOCK)
+    return absmax, state.absmax, offset
+
+
 def dequantize(
     packed: Tensor,
     absmax: Tensor,

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minitune import sharding
 from minitune.config import OptimConfig
-from minitune.errors import RunFailed
 from minitune.masters import MasterAdamW
 
 
@@ -42,8 +42,8 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> tuple[torch.optim.Opti
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, for all that train, each once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Name -> parameter, for all that train, each once; of one that is spread over ranks, the rows that are here."""
+    return {name: sharding.share(p) for name, p in model.named_parameters() if p.requires_grad}
 
 
 def learning_rate(step: int, steps: int, cfg: OptimConfig) -> float:
@@ -87,20 +87,27 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, 
     elif isinstance(optimizer, MasterAdamW):
         optimizer.step(scale, finite)
     elif finite:
-        torch._foreach_mul_([p.grad for p in model.parameters() if p.grad is not None], scale)
+        torch._foreach_mul_(gradients(model), scale)
         optimizer.step()
     return norm, finite
 
 
 def gradient_norm(model: nn.Module) -> Tensor:
     """The joint norm of all gradients, fp32, its sums too."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    if all(g.dtype == torch.float32 for g in gradients):
-        return torch.nn.utils.get_total_norm(gradients)
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients]))
+    grads = gradients(model)
+    if all(g.dtype == torch.float32 for g in grads):
+        norm = torch.nn.utils.get_total_norm(grads)
+    else:
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in grads]))
+    return sharding.joint_norm(model, norm)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad for p in trained_parameters(model).values() if p.grad is not None]
 
 
 CONSTANTS = ("qmap1", "qmap2")  # tables of 8-bit levels that all parameters share; the optimizer makes them anew
+NEVER_NEGATIVE = ("exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "state2", "absmax1", "absmax2")
 
 
 def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
@@ -113,6 +120,12 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str,
     return tensors, numbers
 
 
+def updates(tensors: dict[str, Tensor], numbers: dict[str, float]) -> set[float]:
+    """How many updates the state of each parameter says that it has seen: one number for all, if the state is whole."""
+    steps = [value for key, value in (tensors | numbers).items() if key.endswith(".step")]
+    return {float(step) if not isinstance(step, Tensor) or step.numel() == 1 else math.nan for step in steps}
+
+
 @torch.no_grad()
 def load_state(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], numbers: dict[str, float]
@@ -120,7 +133,8 @@ def load_state(
     """Put back what `state` returned; nothing at all is the state before the first step.
 
     Raises:
-        RunFailed: state for parameters that do not train, or not all of it, or of other shapes.
+        ValueError: state for parameters that do not train, or not all of it, or of other shapes or dtypes. Then
+            nothing has been put back.
     """
     if not tensors and not numbers:
         return
@@ -129,14 +143,14 @@ def load_state(
     for full_name, value in (tensors | numbers).items():
         name, _, key = full_name.rpartition(".")
         if name not in saved:
-            raise RunFailed(f"the checkpoint holds optimizer state for {name}, which this model does not train")
+            raise ValueError(f"it holds optimizer state for {name}, which this model does not train")
         saved[name][key] = value
 
     fresh = empty_state(model, optimizer)
     for name, values in saved.items():
-        shapes = {key: getattr(value, "shape", None) for key, value in fresh[name].items() if key not in CONSTANTS}
-        if shapes != {key: getattr(value, "shape", None) for key, value in values.items()}:
-            raise RunFailed(f"the checkpoint's optimizer state for {name} is not whole, or not for this model")
+        expected = {key: kind_of(value) for key, value in fresh[name].items() if key not in CONSTANTS}
+        if expected != {key: kind_of(value) for key, value in values.items()}:
+            raise ValueError(f"its optimizer state for {name} is not whole, or not for this model")
     for name, values in saved.items():
         for key, value in values.items():
             if isinstance(value, Tensor):
@@ -144,6 +158,11 @@ def load_state(
             else:
                 fresh[name][key] = value
         optimizer.state[named[name]] = fresh[name]
+
+
+def kind_of(value: Tensor | float) -> tuple[object, ...]:
+    """What must be equal for one value to take another's place."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else (type(value),)
 
 
 def empty_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor | float]]:

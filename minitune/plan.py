@@ -14,6 +14,7 @@ from minitune.loss import CHUNK
 from minitune.masters import SMALLEST_PAGED
 from minitune.model import LlamaConfig
 from minitune.nf4 import NF4Linear
+from minitune.parallel import BUCKET
 from minitune.precision import DTYPES
 
 SPARE = 0.08  # of what is free: left for fragments, the CUDA libraries' own room and what is not counted
@@ -32,6 +33,8 @@ class Memory:
     kept: dict[Keep, int]  # by one block, between forward and backward
     working: dict[Keep, int]  # in one block's backward pass, besides
     head: int  # the loss: one piece of logits, and the hidden states around it
+    passing: int = 0  # what is here of other ranks' weights and gradients at a time
+    shards: int = 1  # ranks that share the weights
 
     def total(self, choice: "Choice") -> int:
         """At the peak: in the loss, or in the backward pass of the last block or of the first."""
@@ -39,7 +42,7 @@ class Memory:
         away = min(recomputed, 3) if choice.host else recomputed  # so many are on the device at a time
         least = choice.keep[0]
         kept = (self.blocks - recomputed) * self.kept[Keep.ALL] + away * self.kept[least]
-        always = self.weights + self.moments + (self.dense * self.blocks if choice.dense else self.dense)
+        always = self.weights + self.passing + self.moments + (self.dense * self.blocks if choice.dense else self.dense)
         earlier = self.gradients if self.accumulates else 0
         return always + max(
             kept + earlier + self.head,
@@ -65,11 +68,16 @@ class Choice:
         return ", ".join(parts)
 
 
-def memory(model: nn.Module, config: LlamaConfig, cfg: Config, by_hand: bool) -> Memory:
-    """From the parameters as they stand (the meta device is enough) and the shape of a micro-batch."""
+def memory(
+    model: nn.Module, config: LlamaConfig, cfg: Config, by_hand: bool, ranks: int = 1, shards: int = 1
+) -> Memory:
+    """From the parameters as they stand (the meta device is enough) and the shape of a micro-batch.
+
+    `shards` of the `ranks` share the weights that are frozen, or all where all train.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers, N = sum(p.numel() for p in trained), cfg.train.batch_size * cfg.data.max_seq_len
-    accumulates = cfg.train.gradient_accumulation_steps > 1
+    accumulates = cfg.train.gradient_accumulation_steps * ranks > 1
     width = DTYPES[cfg.model.dtype].itemsize
     grads = sum(p.numel() * (4 if accumulates else p.itemsize) for p in trained)
     a_number = 8 + (2 if trained[0].itemsize == 2 else 0)  # two fp32 moments; the lower halves of bf16's masters
@@ -79,8 +87,20 @@ def memory(model: nn.Module, config: LlamaConfig, cfg: Config, by_hand: bool) ->
     head = N * 3 * width * D + min(N, CHUNK) * V * width + (2 * 4 * V * D if cfg.method == "full" else 0)
     kept, working = (by_hand_sizes if by_hand else compiled_sizes)(config, cfg, N, width)
     four_bits = [m for m in model.layers[0].modules() if isinstance(m, NF4Linear)]
+    weights = sum(p.nbytes for p in model.parameters())
+    full = cfg.method == "full"
+    passing = 2 * 4 * min(BUCKET, numbers) if ranks > 1 and not (full and shards > 1) else 0
+    if shards > 1:
+        shared = [p for p in model.parameters() if full or not p.requires_grad]
+        block = sum(p.nbytes for p in model.layers[0].parameters() if full or not p.requires_grad)
+        weights -= sum(p.nbytes for p in shared) * (shards - 1) // shards
+        passing += 3 * block + 2 * model.lm_head.weight.nbytes  # a block at work, the next, and where it arrives
+        if full:
+            a_block = sum(p.numel() for p in model.layers[0].parameters())
+            passing += (width + 4 + 4 // shards) * max(a_block, V * D)  # a unit's gradients, on their way to be summed
+            numbers, here, grads = numbers // shards, here // shards, 4 * numbers // shards
     return Memory(
-        weights=sum(p.nbytes for p in model.parameters()) + copies,
+        weights=weights + copies,
         moments=a_number * here,
         gradients=grads,
         accumulates=accumulates,
@@ -89,6 +109,8 @@ def memory(model: nn.Module, config: LlamaConfig, cfg: Config, by_hand: bool) ->
         kept=kept,
         working=working,
         head=head,
+        passing=passing,
+        shards=shards,
     )
 
 
@@ -132,8 +154,11 @@ def choose(need: Memory, free: int, cfg: Config, by_hand: bool) -> Choice:
         ways = [on_host] if offload == "always" else [*ways, on_host] if offload == "auto" else ways
         if by_hand and offload == "never":
             ways.append(Choice((Keep.INPUT,) * L))
-    if by_hand and need.dense and cfg.model.dense_weights != "never":
+    if by_hand and need.dense and need.shards == 1 and cfg.model.dense_weights != "never":
         kept = [Choice(way.keep, way.host, dense=True) for way in ways]
         ways = kept if cfg.model.dense_weights == "always" else [kept[0], *ways]
-    room = free * (1 - SPARE)
-    return next((way for way in ways if need.total(way) <= room), ways[-1])
+    return next((way for way in ways if fits(need, way, free)), ways[-1])
+
+
+def fits(need: Memory, way: Choice, free: int) -> bool:
+    return need.total(way) <= free * (1 - SPARE)

@@ -25,6 +25,10 @@ def above(limit: int) -> Rule:
     return Rule(f"above {limit}", lambda value: value > limit)
 
 
+def all_above(limit: int) -> Rule:
+    return Rule(f"each above {limit}", lambda values: all(value > limit for value in values))
+
+
 def below(limit: int) -> Rule:
     return Rule(f"below {limit}", lambda value: value < limit)
 
@@ -73,7 +77,8 @@ def knob(annotation: Any, default: Any) -> Knob:
         annotation, *rules = get_args(annotation)
     if get_origin(annotation) is Literal:
         annotation, rules = str, [one_of(get_args(annotation)), *rules]
-    return Knob(get_origin(annotation) or annotation, tuple(rules), default)
+    kind = list if get_args(annotation)[:1] == (float,) else get_origin(annotation) or annotation
+    return Knob(kind, tuple(rules), default)
 
 
 def is_text(value: Any) -> bool:
@@ -87,6 +92,7 @@ KINDS = {
     int: "a whole number",
     float: "a finite number",
     tuple: "a list of non-empty strings",
+    list: "a list of numbers",
     dict: "a table of strings",
 }
 FITS: dict[type, Callable[[Any], bool]] = {
@@ -95,6 +101,7 @@ FITS: dict[type, Callable[[Any], bool]] = {
     int: lambda value: type(value) is int,  # to Python true is an int
     float: lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max,  # which nan is not
     tuple: lambda value: isinstance(value, list) and all(is_text(item) and item for item in value),
+    list: lambda value: isinstance(value, list) and all(FITS[float](item) for item in value),
     dict: lambda value: isinstance(value, dict) and all(is_text(item) for item in value.values()),
 }
 

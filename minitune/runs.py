@@ -4,11 +4,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from minitune import files, pretrained
+from minitune import files, lock, parallel, pretrained
 from minitune.config import Config, load_config
 from minitune.errors import UserError
 from minitune.log import say
+from minitune.progress import Progress
 
+MADE = ("adapter", "model")  # the folders that a run hands over
 HOW_TO_TRAIN = (
     "model.attention=auto",
     "model.dense_weights=never",
@@ -41,21 +43,63 @@ def open_run(run: Path) -> tuple[Config, Path]:
 def finished(run: Path) -> dict[str, Any] | None:
     """run.json of a run that came to its end and still holds what it made, or None."""
     path = run / "run.json"
+    if not path.exists():
+        return None
     try:
-        facts = files.read_json(path) if path.exists() else {}
+        facts = files.read_json(path)
     except UserError as error:
         say(f"{error}; taking the run as not finished")
         return None
-    made = (run / "adapter").is_dir() or (run / "model").is_dir()
-    return facts if made and facts.get("finished") and "identity" in facts else None
+    if facts.get("finished") is not True:
+        return None
+    if (fault := what_is_missing(run, facts)) is not None:
+        say(f"{run} had finished, but {fault}; taking it as not finished")
+        return None
+    return facts
+
+
+def what_is_missing(run: Path, facts: dict[str, Any]) -> str | None:
+    """What run.json promises of a finished run and is not there, or not as the run made it."""
+    made = facts.get("made")
+    kinds = {"identity": dict, "made": dict, "step": int, "finish_reason": str}
+    if not made or not all(isinstance(facts.get(key), kind) for key, kind in kinds.items()):
+        return "its run.json does not say what it did and made"
+    for name, known in made.items():
+        file = run / name
+        if name.split("/")[0] not in MADE or ".." in name or not files.is_plain(file):
+            return f"{name} is missing"
+        if known != facts_of(file):
+            return f"{name} has changed"
+    return None
+
+
+def made(run: Path) -> dict[str, dict[str, Any]]:
+    """What a run hands over: size and sha256 of each file, for run.json."""
+    found = (path for folder in MADE for path in sorted((run / folder).rglob("*")) if files.is_plain(path))
+    return {path.relative_to(run).as_posix(): facts_of(path) for path in found}
+
+
+def facts_of(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": files.sha256(file)}
+
+
+def note(run: Path, facts: dict[str, Any], progress: Progress, reason: str) -> dict[str, Any]:
+    """Write run.json: what is known of the run, how far it came, and how it ended; returns all of it."""
+    how_far = {"step": progress.step, "tokens": progress.tokens, "skipped_steps": progress.skipped}
+    best = {"best_step": progress.best_step, "best_eval_loss": progress.best_loss}
+    whole = {**facts, **how_far, **best, "finish_reason": reason}
+    if parallel.is_first():
+        files.write_json(run / "run.json", whole)
+    return whole
 
 
 def set_aside(run: Path) -> None:
     """Make room for a new run without losing what an old one left."""
-    if not run.exists() or not any(run.iterdir()):
+    if not run.exists() or not {path.name for path in run.iterdir()} - {lock.NAME}:
         return
     if not (run / "config.toml").exists():
         raise UserError(f"out: {run} is not empty and no run; choose another folder")
-    number = next(n for n in itertools.count(1) if not run.with_name(f"{run.name}.{n}").exists())
-    run.rename(run.with_name(f"{run.name}.{number}"))
+    with lock.hold(run):  # nobody is in it
+        number = next(n for n in itertools.count(1) if not run.with_name(f"{run.name}.{n}").exists())
+        run.rename(run.with_name(f"{run.name}.{number}"))
     say(f"train.resume = 'never': what was in {run} is now in {run}.{number}")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from minitune import generate
+from minitune import generate, sharding
 from minitune.config import Config
 from minitune.data import Sample
 from minitune.errors import UserError
@@ -29,9 +29,10 @@ class Samples:
         if not self.samples:
             return
         ids = []
-        for some in chunks(self.samples, self.AT_ONCE):
-            prompts = [sample.prompt_ids for sample in some]
-            ids += generate.generate(self.model, prompts, self.longest_answer, self.tokenizer.stop_ids)
+        with sharding.gathered_head(self.model):
+            for some in chunks(self.samples, self.AT_ONCE):
+                prompts = [sample.prompt_ids for sample in some]
+                ids += generate.generate(self.model, prompts, self.longest_answer, self.tokenizer.stop_ids)
         answers = self.answers[when] = [self.tokenizer.decode(answer).strip() for answer in ids]
         right = sum(answer == sample.answer.strip() for answer, sample in zip(answers, self.samples, strict=True))
         self.scores[when] = right / len(answers)

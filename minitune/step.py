@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minitune import generate, optim, seeds
+from minitune import generate, optim, parallel, seeds, sharding
 from minitune.config import Config
 from minitune.data.packing import Batch, Corpus
 from minitune.data.stream import eval_batches
 from minitune.model import Llama
+from minitune.signals import Stop
 from minitune.tokenizer import Tokenizer
 
 
@@ -19,15 +20,18 @@ def take_step(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One optimizer step over the micro-batches: loss (nats per loss token), gradient norm before clipping, and
     whether both were finite, all still on the device. If not, nothing is applied: weights and moments stay."""
-    # Divide by the loss tokens of the whole step: then how it is cut into micro-batches changes nothing.
-    loss_tokens = max(1, sum(batch.loss_tokens for batch in micro_batches))
+    # Divide by the loss tokens of the whole step: then how it is cut into micro-batches, and over how many ranks,
+    # changes nothing.
+    loss_tokens = max(1, parallel.total(sum(batch.loss_tokens for batch in micro_batches)))
     loss = torch.zeros((), device=micro_batches[0].tokens.device)
     for number, batch in enumerate(micro_batches):
-        torch.manual_seed(seeds.derive(cfg.seed, "dropout", step, number))
+        torch.manual_seed(seeds.derive(cfg.seed, "dropout", step, parallel.turn(number)))
         total = model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)  # summed
         (total / loss_tokens).backward()
+        sharding.collect_gradients(model)
         loss += total.detach() / loss_tokens
 
+    parallel.sum_over_ranks([*sharding.whole_gradients(model), loss])
     norm, finite = optim.update(model, optimizer, cfg.optim.max_grad_norm, loss)
     optimizer.zero_grad(set_to_none=True)
     return loss, norm, finite
@@ -75,8 +79,11 @@ class Outcomes:
 
 
 @torch.no_grad()
-def evaluate(model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, device: torch.device) -> float:
-    """Mean loss over all loss tokens of a corpus (nats). Draws nothing and leaves the model as it was."""
+def evaluate(
+    model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, device: torch.device, stop: Stop
+) -> float | None:
+    """Mean loss over all loss tokens of a corpus (nats), or None if the run is asked to stop before that is known.
+    Draws nothing and leaves the model as it was."""
     total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     batches = eval_batches(
         corpus,
@@ -84,10 +91,16 @@ def evaluate(model: Llama, corpus: Corpus, cfg: Config, tokenizer: Tokenizer, de
         packing=cfg.data.packing,
         batch_size=cfg.train.batch_size,
         pad_id=tokenizer.pad_id,
+        rank=parallel.rank(),
+        world=parallel.world(),
     )
     with generate.evaluating(model):
         for batch in batches:
+            stop.look()
+            if stop:
+                return None
             batch = batch.to(device)
             total += model(batch.tokens, batch.positions, batch.documents, batch.labels, batch.learned)
             tokens += batch.loss_tokens
-    return total.item() / max(1, tokens)
+    parallel.sum_over_ranks([total])
+    return total.item() / max(1, parallel.total(tokens))

@@ -1,11 +1,11 @@
 """The tokenizer of a Hugging Face model folder: `tokenizer.json`, or a sentencepiece `tokenizer.model`.
 
 Both are read into one engine, that of the `tokenizers` library: transformers (5) does so too, and a model must be
-trained on the ids that it will be served with. Where sentencepiece's own `encode` gives other ids (special tokens
-written in a text, the space put before a text, normalisation), the ids here are those of transformers.
+trained on the ids that it will be served with. A sentencepiece file by itself gives sentencepiece's own ids, in both
+(sentencepiece_model.py has the exceptions). The class LlamaTokenizer is a recipe of transformers' own, and there its
+ids are the ones that models are served with: a text that begins with a space gets no second one before it.
 """
 
-import base64
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +14,11 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
+from minitune import sentencepiece_model
+from minitune import tokenizer_bounds as bounds
 from minitune.errors import UserError
-from minitune.files import read_json
+from minitune.foreign import inside, read_json, read_text
+from minitune.shards import LARGEST_COMPANION
 
 CONFIG = "tokenizer_config.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -41,18 +44,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with no bos or eos around it. A special token written in the text becomes its id."""
-        return self.engine.encode(text, add_special_tokens=False).ids
+        return ids_by(self.engine, text)
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that goes on after another: without the space that some tokenizers put at a beginning.
 
         `decode(ids + encode_continuation(text))` is `decode(ids) + text`, where ids decode to some text.
         """
-        return self.continuation.encode(text, add_special_tokens=False).ids
+        return ids_by(self.continuation, text)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """The text of ids, its spaces left alone; special tokens are left out unless `skip_special` is False."""
         return self.engine.decode(ids, skip_special_tokens=skip_special)
+
+
+def ids_by(engine: Engine, text: str) -> list[int]:
+    try:
+        return engine.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what the library raises where its regular expressions give up
+            raise
+        raise UserError(f"the tokenizer's pattern gives up on a text of {len(text):,} characters: {error}") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -63,15 +75,14 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises UserError where both files are missing, one does not parse, or no eos can be found.
     """
     config = read_tokenizer_config(folder)
-    model, generation = read_object(folder / "config.json"), read_object(folder / "generation_config.json")
-    vocabulary = read_vocabulary(folder)
-    if (config.get("tokenizer_class") or model.get("tokenizer_class")) in LLAMA_CLASSES:
-        vocabulary = as_llama(vocabulary, config)
+    model, generation = read_object(folder, "config.json"), read_object(folder, "generation_config.json")
+    llama = (config.get("tokenizer_class") or model.get("tokenizer_class")) in LLAMA_CLASSES
+    vocabulary = read_vocabulary(folder, config, llama)
 
     stated = named_tokens(config, folder)
     own = {name: text for name, text in vocabulary.names.items() if config.get(name, text)}  # null takes it back
     engine = build(vocabulary.state, vocabulary.path)
-    added = tokens_to_add(config, own | stated, engine, vocabulary.extra, folder)
+    added = tokens_to_add(config, own | stated, engine, vocabulary, folder)
     engine.add_tokens(added)
     continuation = engine
     if (plain := without_prefix(vocabulary.state)) != vocabulary.state:
@@ -120,11 +131,11 @@ def puts_bos(engine: Engine, bos_id: int, config: dict[str, Any], vocabulary: "V
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; in a folder older than its key added_tokens_decoder, with the two files that came before:
     special_tokens_map.json, which wins, and added_tokens.json."""
-    config = read_object(folder / CONFIG)
+    config = read_object(folder, CONFIG)
     if "added_tokens_decoder" in config:
         return config
-    config |= read_object(folder / "special_tokens_map.json")
-    texts = read_object(folder / "added_tokens.json")
+    config |= read_object(folder, "special_tokens_map.json")
+    texts = read_object(folder, "added_tokens.json")
     special = [text_of(value, folder) for value in [*named_tokens(config, folder).values(), *extra_tokens(config)]]
     flags = {id: {"content": text, "special": text in special} for text, id in texts.items()}
     return config | {"added_tokens_decoder": flags}
@@ -146,8 +157,9 @@ def extra_tokens(config: dict[str, Any]) -> list[Any]:
 def text_of(token: Any, folder: Path) -> str:
     """The text of a token, which the files write as a string or as an object with its "content"."""
     text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise UserError(f"{folder}: {CONFIG} or special_tokens_map.json holds {token!r} where a token's text should be")
+    if not bounds.is_text(text):
+        holds = f"holds {bounds.shown(token)} where a token's text should be"
+        raise UserError(f"{folder}: {CONFIG} or special_tokens_map.json {holds}")
     return text
 
 
@@ -162,7 +174,7 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja; else the template in tokenizer_config.json, of several the one named "default"."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return read_text(path)
+        return read_text(inside(folder, path.name))
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -172,16 +184,10 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file."""
-    return read_json(path) if path.exists() else {}
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a folder; an empty one where there is no such file."""
+    path = folder / name
+    return read_json(inside(folder, name), LARGEST_COMPANION) if path.exists() or path.is_symlink() else {}
 
 
 # -- the vocabulary
@@ -195,13 +201,19 @@ class Vocabulary:
     state: dict[str, Any]  # the engine, described as tokenizer.json does
     names: dict[str, str]  # bos_token, eos_token, unk_token, where the file itself names them
     extra: list[dict[str, Any]]  # its other tokens that stand for themselves in a text
+    added_as_written: bool = False  # added tokens are looked for in the text itself, not in its normalised form
 
 
-def read_vocabulary(folder: Path) -> Vocabulary:
-    if (folder / "tokenizer.json").exists():
-        return Vocabulary(folder / "tokenizer.json", read_object(folder / "tokenizer.json"), {}, [])
-    if (folder / "tokenizer.model").exists():
-        return read_sentencepiece(folder / "tokenizer.model")
+def read_vocabulary(folder: Path, config: dict[str, Any], llama: bool) -> Vocabulary:
+    if (path := folder / "tokenizer.json").exists():
+        vocabulary = Vocabulary(path, read_object(folder, path.name), {}, [])
+        return as_llama(vocabulary, config) if llama else vocabulary
+    if (path := folder / "tokenizer.model").exists():
+        model = sentencepiece_model.read(inside(folder, path.name))
+        if llama:
+            symbols = sentencepiece_model.symbols(model, user_defined=True)
+            return as_llama(Vocabulary(path, sentencepiece_model.bare_state(model), {}, symbols), config)
+        return read_sentencepiece(path, model, config)
     found = ""
     if (folder / "vocab.json").exists():
         found = "; vocab.json and merges.txt are not enough"
@@ -210,55 +222,17 @@ def read_vocabulary(folder: Path) -> Vocabulary:
     raise UserError(f"{folder} has neither tokenizer.json nor a sentencepiece tokenizer.model{found}")
 
 
-def read_sentencepiece(path: Path) -> Vocabulary:
-    """A sentencepiece BPE model, converted as transformers does where no tokenizer class is named: the model's
-    normalisation is kept, its dummy prefix and its trimming of spaces are not."""
-    from google.protobuf.message import DecodeError
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
-
-    try:
-        model = ModelProto.FromString(path.read_bytes())
-    except DecodeError:
-        model = ModelProto()
-    spec = model.trainer_spec
-    if not model.pieces:
-        raise UserError(f"{path} is not a sentencepiece model (tiktoken's file of that name is not supported)")
-    if spec.model_type != spec.BPE:
-        raise UserError(f"{path} is not a BPE model, the one kind of sentencepiece model that is supported")
-
-    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    if charsmap := model.normalizer_spec.precompiled_charsmap:
-        encoded = base64.b64encode(charsmap).decode()
-        normalizers.insert(0, {"type": "Precompiled", "precompiled_charsmap": encoded})
-    decoders = [{"type": "Replace", "pattern": {"String": "▁"}, "content": " "}]
-    if spec.byte_fallback:
-        decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
-    vocab = {piece.piece: id for id, piece in enumerate(model.pieces)}
-    bpe = {"type": "BPE", "vocab": vocab, "merges": merges_of(vocab), "unk_token": spec.unk_piece}
-    state = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": bpe | {"fuse_unk": True, "byte_fallback": spec.byte_fallback},
-    }
-    ends = {"bos_token": (spec.bos_id, spec.bos_piece), "eos_token": (spec.eos_id, spec.eos_piece)}
-    ends["unk_token"] = (spec.unk_id, spec.unk_piece)
-    names = {name: text for name, (id, text) in ends.items() if id >= 0}
-    kinds = {model.SentencePiece.CONTROL: True, model.SentencePiece.USER_DEFINED: False}
-    extra = [
-        {"content": piece.piece, "normalized": False, "special": kinds[piece.type]}
-        for piece in model.pieces
-        if piece.type in kinds
-    ]
-    return Vocabulary(path, state, names, extra)
-
-
-def merges_of(vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, the earlier piece first: sentencepiece's order of merging."""
-    cuts = ((piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece)))
-    return [(left, right) for left, right in cuts if left in vocab and right in vocab]
+def read_sentencepiece(path: Path, model: Any, config: dict[str, Any]) -> Vocabulary:
+    """A sentencepiece model with the names that the folder gives its pieces. Unsaid, it is "legacy" (sentencepiece's
+    own way with special tokens in a text); in as_llama it is not, as in transformers."""
+    renamed = {id: token.content for id, token in added_tokens_decoder(config, path.parent).items()}
+    return Vocabulary(
+        path,
+        sentencepiece_model.own_state(model, renamed, legacy=bool(config.get("legacy", True))),
+        sentencepiece_model.named_pieces(model),
+        sentencepiece_model.symbols(model, user_defined=False),
+        added_as_written=model.normalizer_spec.add_dummy_prefix,  # each chunk between them gets a prefix of its own
+    )
 
 
 def as_llama(vocabulary: Vocabulary, config: dict[str, Any]) -> Vocabulary:
@@ -289,32 +263,43 @@ def as_llama(vocabulary: Vocabulary, config: dict[str, Any]) -> Vocabulary:
 
 
 def tokens_to_add(
-    config: dict[str, Any], names: dict[str, str], engine: Engine, extra: list[dict[str, Any]], folder: Path
+    config: dict[str, Any], names: dict[str, str], engine: Engine, vocabulary: Vocabulary, folder: Path
 ) -> list[AddedToken]:
     """The tokens that the JSON files know of and the vocabulary file does not, or not with these flags."""
-    try:
-        listed = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
-        tokens = [added_token(token, names, folder) for _, token in listed]
-    except (AttributeError, TypeError, ValueError):
-        raise UserError(f"{folder / CONFIG}: added_tokens_decoder should map ids to tokens with their flags") from None
+    tokens = list(added_tokens_decoder(config, folder, vocabulary.added_as_written).values())
     known = {token.content for token in [*tokens, *engine.get_added_tokens_decoder().values()]}
-    values = [config.get(name) or text for name, text in names.items()]
-    for token in [added_token(value, names, folder) for value in [*values, *(extra_tokens(config) or extra)]]:
+    values = [*(config.get(name) or text for name, text in names.items()), *(extra_tokens(config) or vocabulary.extra)]
+    for token in [added_token(value, folder) for value in values]:
         if token.content not in known:
             tokens.append(token)
             known.add(token.content)
+    if len(tokens) > bounds.ADDED:
+        raise UserError(f"{folder / CONFIG} adds {len(tokens):,} tokens; {bounds.ADDED:,} are the most")
+    for token in tokens:
+        token.special = token.special or token.content in names.values()
     return tokens
 
 
-def added_token(token: Any, names: dict[str, str], folder: Path) -> AddedToken:
+def added_tokens_decoder(config: dict[str, Any], folder: Path, as_written: bool = False) -> dict[int, AddedToken]:
+    """Ids to tokens, the lowest id first."""
+    flags = {"normalized": False} if as_written else {}
+    try:
+        listed = sorted(config["added_tokens_decoder"].items(), key=lambda item: int(item[0]))
+        return {int(id): added_token(token, folder, **flags) for id, token in listed}
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{folder / CONFIG}: added_tokens_decoder should map ids to tokens with their flags") from None
+
+
+def added_token(token: Any, folder: Path, **more_flags: bool) -> AddedToken:
     flags = {flag: token[flag] for flag in FLAGS if flag in token} if isinstance(token, dict) else {"special": True}
-    added = AddedToken(text_of(token, folder), **flags)
-    added.special = added.special or added.content in names.values()
-    return added
+    if not all(isinstance(value, bool) for value in flags.values()):
+        raise UserError(f"{folder}: the flags of the token {bounds.shown(token)} must be true or false")
+    return AddedToken(text_of(token, folder), **flags | more_flags)
 
 
 def without_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """The description of an engine that puts no space before a text."""
+    """The description of an engine that takes a text for a part of a longer one: it puts no space before it, and
+    trims none from its ends."""
     return state | {part: strip_prefix(state.get(part)) for part in ("normalizer", "pre_tokenizer")}
 
 
@@ -323,7 +308,9 @@ def strip_prefix(part: Any) -> Any:
         return [kept for each in part if (kept := strip_prefix(each)) is not None]
     if not isinstance(part, dict):
         return part
-    if part.get("type") == "Prepend":
+    pattern = part.get("pattern")
+    at_start = isinstance(pattern, dict) and str(pattern.get("Regex", "")).startswith(r"\A")
+    if part.get("type") in ("Prepend", "Strip") or at_start:
         return None
     part = {key: strip_prefix(value) for key, value in part.items()}
     if part.get("type") == "Metaspace":
@@ -332,10 +319,14 @@ def strip_prefix(part: Any) -> Any:
 
 
 def build(state: dict[str, Any], path: Path) -> Engine:
+    bounds.check(state, path)
     try:
         engine = Engine.from_str(json.dumps(state))
-    except Exception as error:  # the library raises nothing more exact
-        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing more exact, and where it panics, no Exception
+        why = bounds.shown(str(error))
+        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {why}") from None
     engine.no_truncation()
     engine.no_padding()
     return engine

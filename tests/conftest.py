@@ -1,4 +1,4 @@
-"""What all tests share: fixed seeds, two threads, and small random Llamas as transformers writes them."""
+"""What all tests share: fixed seeds, few threads, and small random Llamas as transformers writes them."""
 
 import json
 import os
@@ -28,8 +28,18 @@ SHAPE = {
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads() -> None:
-    torch.set_num_threads(2)
+def few_threads() -> None:
+    """Two; or one where pytest-xdist runs a test on each core, and then in what a test starts, too."""
+    alone = "PYTEST_XDIST_WORKER" not in os.environ
+    if not alone:
+        os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    torch.set_num_threads(2 if alone else 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tokenised data goes where the tests' other files go, not into the home of whoever runs them."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(autouse=True)

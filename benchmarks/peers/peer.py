@@ -144,7 +144,7 @@ def peft_model(case: dict):
             bnb_4bit_compute_dtype=torch.bfloat16,
             bnb_4bit_use_double_quant=True,
         )
-    for attention in (case["attention"], "sdpa"):
+    for attention in (case["attention"], "flash_attention_2", "sdpa"):
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 case["model"],

@@ -37,16 +37,24 @@ class AttentionPass:
         if keep is Keep.ATTENTION:
             with torch.autograd.graph.saved_tensors_hooks(self.put, self.get):
                 out = self.run(qkv)
-            self.output_at = next((i for i, x in enumerate(self.kept) if x.data_ptr() == out.data_ptr()), None)
-            if self.output_at is None:
-                self.output_at = len(self.kept)
-                self.kept.append(out)
+            self.keep_output(out)
             self.out = torch.autograd.graph.get_gradient_edge(self.out)  # the node alone, without the tensor
             for x in self.given:
                 x.untyped_storage().resize_(0)  # the graph's inputs stay its inputs, without their memory
             return out
         with torch.no_grad():
             return self.core(*self.rows(qkv), self.documents).reshape(len(qkv[0]), -1)
+
+    def keep_output(self, out: Tensor) -> None:
+        """Keep attention's output (N, H h), in the place of the same numbers where the graph saved them, too.
+
+        The graph may see them in another order, as (B, H, T, h) over memory that holds (B, T, H, h); so the output is
+        what is kept, and the graph's own order is remembered beside it.
+        """
+        self.output_at = next((i for i, x in enumerate(self.kept) if same_numbers(x, out)), len(self.kept))
+        saved = self.kept[self.output_at : self.output_at + 1]
+        self.saved_order = [(x.size(), x.stride()) for x in saved]
+        self.kept[self.output_at : self.output_at + 1] = [out]
 
     def again(self, qkv: tuple[Tensor, ...]) -> Tensor:
         """Attention's output in the backward pass, for q, k, v computed again."""
@@ -86,6 +94,15 @@ class AttentionPass:
 
     def get(self, what: Any) -> Tensor:
         if what[0] == "kept":
-            return self.kept[what[1]]
+            x = self.kept[what[1]]
+            return x.as_strided(*self.saved_order[0], x.storage_offset()) if what[1] == self.output_at else x
         _, i, size, stride, offset = what
         return self.fresh[i].as_strided(size, stride, offset)
+
+
+def same_numbers(x: Tensor, whole: Tensor) -> bool:
+    """Whether x is all of `whole`, and nothing else, in the same memory; in whatever order."""
+    if x.data_ptr() != whole.data_ptr() or x.dtype != whole.dtype or x.numel() != whole.numel():
+        return False
+    reach = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return whole.is_contiguous() and reach == whole.numel()

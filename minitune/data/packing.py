@@ -6,120 +6,122 @@ A row holds whole documents only. They never see each other: attention is told w
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import pairwise
+from typing import overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minitune.attention import Documents
+from minitune.data.corpus import Corpus
 from minitune.loss import IGNORE
 from minitune.seeds import derive
 
 
 @dataclass(frozen=True, eq=False)
-class Corpus:
-    """Tokenised documents laid end to end; document i is tokens[offsets[i] : offsets[i + 1]].
+class Rows(Sequence[list[int]]):
+    """The rows of an epoch as document numbers: row i is documents[ends[i] : ends[i + 1]]. Twelve bytes a document."""
 
-    The arrays may be any that index like numpy's, memory-mapped ones included.
-    """
-
-    tokens: np.ndarray  # (N,) int32
-    trained: np.ndarray  # (N,) bool: is this token to be learned
-    offsets: np.ndarray  # (documents + 1,) int64
-
-    @staticmethod
-    def from_documents(documents: Iterable[tuple[Sequence[int], Sequence[bool]]]) -> Corpus:
-        """Lay documents, each its token ids and which of them are to be learned, end to end."""
-        tokens, trained, offsets = [np.empty(0, np.int32)], [np.empty(0, np.bool_)], [0]
-        for ids, learn in documents:
-            if len(ids) == 0 or len(ids) != len(learn):
-                raise ValueError(f"document {len(offsets) - 1} has {len(ids)} tokens and {len(learn)} marks")
-            tokens.append(np.asarray(ids, np.int32))
-            trained.append(np.asarray(learn, np.bool_))
-            offsets.append(offsets[-1] + len(ids))
-        return Corpus(np.concatenate(tokens), np.concatenate(trained), np.array(offsets, np.int64))
+    documents: np.ndarray  # (documents,) int32
+    ends: np.ndarray  # (rows + 1,) int64, from 0 on
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.ends) - 1
 
-    def __getitem__(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and marks of one document."""
-        span = slice(self.offsets[document], self.offsets[document + 1])
-        return self.tokens[span], self.trained[span]
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, (documents,) int64."""
-        return np.diff(self.offsets)
-
-    @cached_property
-    def trained_tokens(self) -> int:
-        """Loss tokens: those to be learned, except a document's first, which nothing comes before."""
-        return int(self.trained.sum() - self.trained[self.offsets[:-1]].sum())
-
-    @cached_property
-    def digest(self) -> str:
-        """A fingerprint of every token, mark and seam."""
-        digest = hashlib.sha256()
-        for array in (self.offsets, self.tokens, self.trained):
-            digest.update(np.ascontiguousarray(array))
-        return digest.hexdigest()
+    @overload
+    def __getitem__(self, row: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[list[int]]: ...
+    def __getitem__(self, row: int | slice) -> list[int] | list[list[int]]:
+        if isinstance(row, slice):
+            return [self[each] for each in range(*row.indices(len(self)))]
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.documents[self.ends[row] : self.ends[row + 1]].tolist()
 
 
-def rows(lengths: np.ndarray, capacity: int, seed: int, packing: bool) -> list[list[int]]:
-    """The rows of one epoch, as document numbers: packed, or each document by itself; shuffled either way."""
+def rows(lengths: np.ndarray, capacity: int, seed: int, packing: bool) -> Rows:
+    """The rows of one epoch: packed, or each document by itself; shuffled either way."""
     if packing:
         return pack(lengths, capacity, seed)
     refuse_overlong(lengths, capacity)
-    return [[document] for document in shuffled(len(lengths), seed).tolist()]
+    return Rows(shuffled(len(lengths), seed).astype(np.int32), np.arange(len(lengths) + 1))
 
 
-def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[list[int]]:
+def pack(lengths: np.ndarray, capacity: int, seed: int) -> Rows:
     """Put whole documents, each once, into as few rows of `capacity` tokens as best-fit decreasing finds.
 
-    The longest document comes first, and each goes where it leaves the least space (Johnson, "Near-optimal
-    bin packing algorithms", 1973: never over 11/9 of the fewest rows, plus four). The seed decides among
-    equal lengths, the order of the rows and the order within a row. The number of rows does not depend on
-    it: all that a document meets is the spaces left so far, and those follow from the lengths alone.
+    The seed decides among equal lengths, the order of the rows and the order within a row. The number of rows does
+    not depend on it: all that a document meets is the spaces left so far, and those follow from the lengths alone.
     """
     refuse_overlong(lengths, capacity)
     order = shuffled(len(lengths), derive(seed, "ties"))
-    order = order[np.argsort(-lengths[order], kind="stable")]
+    order = order[np.argsort(-lengths[order], kind="stable")].astype(np.int32)
+    row_of, number_of_rows = best_fit(lengths[order], capacity)
 
-    packed: list[list[int]] = []
+    turn = np.empty(number_of_rows, np.int32)  # when each row comes
+    turn[shuffled(number_of_rows, derive(seed, "rows"))] = np.arange(number_of_rows, dtype=np.int32)
+    place = shuffled(len(lengths), derive(seed, "places"))
+    turns = turn[row_of[place]]
+    documents = order[place][np.argsort(turns, kind="stable")]
+    return Rows(documents, np.cumsum(np.bincount(turns + 1, minlength=number_of_rows + 1)))
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
+    """The row of each document, (documents,) int32, and the number of rows; lengths must not rise.
+
+    Each document goes where it leaves the least space (Johnson, "Near-optimal bin packing algorithms", 1973: never
+    over 11/9 of the fewest rows, plus four). Equal lengths are placed at once: the row with the least space that
+    fits one has still the least after it took it, so it takes as many as fit.
+    """
+    row_of, number_of_rows = np.empty(len(lengths), np.int32), 0
     spaces: list[int] = []  # the distinct spaces left, ascending
-    with_space: dict[int, list[list[int]]] = {}  # space left -> the rows that have it
-    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
-        best = bisect_left(spaces, length)
-        if best < len(spaces):
-            space = spaces[best]
-            row = with_space[space].pop()
-            if not with_space[space]:
-                del with_space[space], spaces[best]
-        else:
-            space, row = capacity, []
-            packed.append(row)
-        row.append(document)
-        space -= length
-        if space not in with_space:
-            insort(spaces, space)
-            with_space[space] = []
-        with_space[space].append(row)
+    with_space: dict[int, list[np.ndarray]] = {}  # space left -> the rows that have it
 
-    place = shuffled(len(lengths), derive(seed, "places")).tolist()
-    for row in packed:
-        row.sort(key=place.__getitem__)
-    return [packed[row] for row in shuffled(len(packed), derive(seed, "rows")).tolist()]
+    def put(rows: np.ndarray, space: int) -> None:
+        if len(rows) and space:
+            if space not in with_space:
+                insort(spaces, space)
+                with_space[space] = []
+            with_space[space].append(rows)
+
+    for at, end in runs(lengths):
+        length = int(lengths[at])
+        while at < end:
+            best = bisect_left(spaces, length)
+            space = spaces.pop(best) if best < len(spaces) else capacity
+            each = space // length
+            wanted = -(-(end - at) // each)
+            if space in with_space:
+                there = np.concatenate(with_space.pop(space))
+            else:
+                there = np.arange(number_of_rows, number_of_rows + wanted, dtype=np.int32)
+                number_of_rows += wanted
+            taken = min(len(there), wanted)
+            documents = min(end - at, taken * each)
+            row_of[at : at + documents] = np.repeat(there[:taken], each)[:documents]
+            at += documents
+
+            full = documents // each  # rows that took as many as fit; at most one more took some
+            put(there[:full], space - each * length)
+            put(there[full:taken], space - (documents - full * each) * length)
+            put(there[taken:], space)
+    return row_of, number_of_rows
+
+
+def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(start, end) of each stretch of equal values."""
+    changes = np.flatnonzero(np.diff(values)) + 1
+    return pairwise([0, *changes.tolist(), len(values)]) if len(values) else iter(())
 
 
 def fill(lengths: np.ndarray, number_of_rows: int, capacity: int) -> float:
     """The share of the rows' tokens that belongs to documents; the rest is padding."""
-    return int(lengths.sum()) / (number_of_rows * capacity)
+    return int(lengths.sum(dtype=np.int64)) / (number_of_rows * capacity)
 
 
 def shuffled(n: int, seed: int) -> np.ndarray:
@@ -167,8 +169,8 @@ def collate(corpus: Corpus, rows_of_documents: list[list[int]], width: int | Non
 
     Rows are `width` tokens wide, or as wide as the longest of them where `width` is None.
     """
-    if width is None:
-        width = max([1, *(sum(len(corpus[document][0]) for document in row) for row in rows_of_documents)])
+    lengths_of_rows = [int(corpus.lengths[row].sum()) for row in rows_of_documents]
+    width = width or max([1, *lengths_of_rows])
     shape = (len(rows_of_documents), width)  # (B, T)
     tokens, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORE, np.int64)
     positions = np.empty(shape, np.int64)
@@ -192,5 +194,5 @@ def collate(corpus: Corpus, rows_of_documents: list[list[int]], width: int | Non
         torch.from_numpy((labels != IGNORE).reshape(-1).nonzero()[0]),
         torch.from_numpy(positions),
         Documents.of(spans),
-        sum(len(corpus[document][0]) for row in rows_of_documents for document in row),
+        sum(lengths_of_rows),
     )

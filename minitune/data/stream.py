@@ -7,9 +7,9 @@ So the rows of a step, and with them its gradient, do not depend on how many ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from minitune.data.packing import Batch, Corpus, collate, rows
+from minitune.data.packing import Batch, Corpus, Rows, collate, rows
 from minitune.errors import UserError
 from minitune.seeds import derive
 
@@ -69,12 +69,17 @@ class Stream:
         start = step * self.rows_per_step
         return self._shuffled[1][start : start + self.rows_per_step]
 
-    def _shuffle(self, epoch: int) -> list[list[int]]:
+    def _shuffle(self, epoch: int) -> Rows:
         return rows(self.corpus.lengths, self.max_seq_len, derive(self.seed, "epoch", epoch), self.packing)
 
     def state(self) -> dict[str, int | bool | str]:
         """Where the stream stands and over what, for JSON."""
         return {"epoch": self.epoch, "step": self.step, **self._identity()}
+
+    def state_at(self, steps: int) -> dict[str, int | bool | str]:
+        """What `state` says after so many steps from the beginning."""
+        epoch, step = divmod(steps, self.steps_per_epoch)
+        return {"epoch": epoch, "step": step, **self._identity()}
 
     def load(self, state: dict[str, int | bool | str]) -> None:
         """Go on where `state` was taken; refuse one over other data, or that cuts the data into other steps.
@@ -104,7 +109,7 @@ class Stream:
         """Everything that decides which rows a step takes."""
         return {
             "documents": len(self.corpus),
-            "tokens": len(self.corpus.tokens),
+            "tokens": self.corpus.tokens,
             "digest": self.corpus.digest,
             "max_seq_len": self.max_seq_len,
             "packing": self.packing,
@@ -130,12 +135,12 @@ def eval_batches(
         yield collate(corpus, batch, width, pad_id)
 
 
-def deal(all_rows: list[list[int]], batch_size: int, rank: int, world: int) -> list[list[list[int]]]:
+def deal(all_rows: Sequence[list[int]], batch_size: int, rank: int, world: int) -> Iterator[list[list[int]]]:
     """One rank's share of the rows, dealt in turn, in batches of exactly `batch_size`.
 
     Empty rows fill up, so that all ranks do the same work and the compiled shapes stay the same.
     """
-    batches = -(-len(all_rows) // (batch_size * world))
-    mine = all_rows[rank::world]
-    mine = mine + [[]] * (batches * batch_size - len(mine))
-    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+    mine = range(rank, len(all_rows), world)
+    for batch in range(-(-len(all_rows) // (batch_size * world))):
+        rows_of_batch = [all_rows[row] for row in mine[batch * batch_size : (batch + 1) * batch_size]]
+        yield rows_of_batch + [[]] * (batch_size - len(rows_of_batch))

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from minitune import adapters, files, peft_format, pretrained
+from minitune import adapters, files, peft_format, pretrained, runs
 from minitune.config import LINEARS, LoRAConfig, ModelConfig, dump, load_config
 from minitune.model import Llama
 
@@ -139,7 +139,13 @@ def finished_run(folder: Path, base: Path, method: str = "lora", dtype: str = "f
     cfg = load_config(overrides)
     folder.mkdir(parents=True)
     files.write_text(folder / "config.toml", dump(cfg))
-    files.write_json(folder / "run.json", {"identity": pretrained.fingerprint(base), "finished": True})
     model = adapted(base, cfg.lora)
     peft_format.save(folder / "adapter", model, cfg.lora, ModelConfig(path=str(base)))
+    finish(folder, base)
     return folder
+
+
+def finish(run: Path, base: Path) -> None:
+    """The run.json of a run that has made what lies in its folder."""
+    facts = {"identity": pretrained.fingerprint(base), "finished": True, "step": 1, "finish_reason": "all steps done"}
+    files.write_json(run / "run.json", facts | {"made": runs.made(run)})

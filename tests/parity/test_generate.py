@@ -299,7 +299,7 @@ def test_a_full_run_opens(tmp_path: Path, base: Path) -> None:
     with pytest.raises(UserError, match="has not finished"):
         generate.open_model(str(run))
     trained.rename(run / "model")
-    files.write_json(run / "run.json", {"identity": pretrained.fingerprint(base), "finished": True})
+    ref.finish(run, base)
     tokens = ref.token_rows(2, 19)
     assert ref.relative(opened(run, tokens), ref.reference(run / "model")(input_ids=tokens).logits) < 1e-5
 

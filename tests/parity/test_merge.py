@@ -339,6 +339,9 @@ def test_a_damaged_base_is_refused(tmp_path: Path, run: Path) -> None:
 def test_a_damaged_adapter_is_refused(tmp_path: Path, run: Path) -> None:
     weights = run / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
+    with pytest.raises(UserError, match="has not finished"):  # it is not what the run made
+        merge.merge(run, tmp_path / "out")
+    ref.finish(run, tmp_path / "base")
     with pytest.raises(UserError, match="no whole safetensors file"):
         merge.merge(run, tmp_path / "out")
 

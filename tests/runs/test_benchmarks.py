@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,9 @@ def test_cases_are_measured_and_told(tmp_path: Path) -> None:
     rows = tmp_path / "alpaca_en_demo.json"
     rows.write_text(json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n} " * 40} for n in range(400)]))
     out, cases = tmp_path / "results.json", ["lora-fast", "qlora-small", "full", "alpaca"]
-    common = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 5, "--no-rivals"]
-    printed = python(BENCHMARKS / "run.py", *common, "--data", tmp_path, "--cases", *cases)
+    common = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 5]
+    common += ["--set", "data.max_seq_len=256"]
+    printed = python(BENCHMARKS / "run.py", *common, "--no-rivals", "--data", tmp_path, "--cases", *cases)
     results = json.loads(out.read_text())
     assert [result["case"] for result in results] == cases
     contract = {"case", "system", "method", "versions", "command"}
@@ -35,9 +37,6 @@ def test_cases_are_measured_and_told(tmp_path: Path) -> None:
         assert result["step_seconds"]["least"] <= result["step_seconds"]["median"] <= result["step_seconds"]["most"]
         assert result["recipe"]["method"] == result["method"] and result["planned_gb"] > 0
         assert result["case"] in printed
-    again = [*common[:-1], "--only-rivals", "--cases", "qlora-fast"]  # nothing to measure, nothing lost
-    python(BENCHMARKS / "run.py", *again)
-    assert json.loads(out.read_text()) == results
 
     profile = tmp_path / "profile.json"
     recipe = tmp_path / "bench" / "lora-fast" / "recipe.toml"
@@ -49,10 +48,12 @@ def test_cases_are_measured_and_told(tmp_path: Path) -> None:
 def test_a_rival_gets_the_rows_that_minitune_trains_on(tmp_path: Path) -> None:
     """Without the rivals' packages the measurement fails, and says so; what it was given is there to look at."""
     safetensors = pytest.importorskip("safetensors.torch")
-    out = tmp_path / "results.json"
+    out, earlier = tmp_path / "results.json", {"case": "an earlier one"}
+    out.write_text(json.dumps([earlier]))
     common = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 4]
-    python(BENCHMARKS / "run.py", *common, "--cases", "lora-small", "--only-rivals", "--timeout", 60)
-    [result] = json.loads(out.read_text())
+    python(BENCHMARKS / "run.py", *common, "--cases", "qlora-fast", "lora-small", "--only-rivals", "--timeout", 60)
+    kept, result = json.loads(out.read_text())  # nothing is lost, and a case without rivals has nothing to measure
+    assert kept == earlier
     assert result["system"] == "unsloth" and "failed" in result
     assert result["recipe"]["batches"].startswith("FOLDER/")  # results name no path of a machine
     given = safetensors.load_file(tmp_path / "bench" / result["recipe"]["batches"].removeprefix("FOLDER/"))
@@ -61,6 +62,17 @@ def test_a_rival_gets_the_rows_that_minitune_trains_on(tmp_path: Path) -> None:
     assert (given["labels"][learned] == given["tokens"][learned]).all()  # at the token's own place
     assert not learned[:, 0].any() and learned[:, 1:].all()
     assert result["recipe"]["fill"] == 1.0 and result["recipe"]["loss_share"] == pytest.approx(2047 / 2048)
+
+
+def test_every_case_is_in_a_call() -> None:
+    """run.py --call N takes what a card can do in ten minutes; no case is in none."""
+    cases = tomllib.loads((BENCHMARKS / "cases.toml").read_text())
+    calls = [case["call"] for case in cases.values()]
+    assert set(calls) == set(range(1, max(calls) + 1))
+    measurements = {
+        call: sum(1 + len(c.get("rivals", ())) for c in cases.values() if c["call"] == call) for call in calls
+    }
+    assert max(measurements.values()) <= 8, measurements
 
 
 def test_every_result_says_what_it_is_of() -> None:

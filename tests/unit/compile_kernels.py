@@ -1,4 +1,9 @@
-"""Compile every kernel for Hopper, without a GPU, as it is launched at the 8B shape. Run by test_kernels.py."""
+"""Compile every kernel for Hopper, without a GPU, as it is launched at the 8B shape. Run by test_kernels.py.
+
+python tests/unit/compile_kernels.py RANK
+"""
+
+import sys
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -34,7 +39,7 @@ def compile_kernel(kernel, warps=4, pointers=(), **constants) -> None:
     assert done.metadata.shared <= 227 * 1024, (kernel, done.metadata.shared)
 
 
-def main() -> None:
+def main(r: int) -> None:
     compile_kernel(launch.one_kernel, pointers=[("out", "*i32")])
     compile_kernel(norm.norm_kernel, 8, ADDED=True, SIZE=4096)
     compile_kernel(norm.norm_backward_kernel, 8, TOO=True, WEIGHT=True, SIZE=4096)
@@ -45,20 +50,19 @@ def main() -> None:
         kinds = [*moments, ("lower", "*i16"), *((name, U8 if eight else FP32) for name in ("mean", "square"))]
         kinds += [("rate", FP32), *((name, "fp32") for name in ("lr", "weight_decay", "beta1", "beta2"))]
         compile_kernel(adamw.adamw_kernel, 2, kinds, EIGHT=eight, BLOCK=256, SIZE=512)
-    for r in (16, 64):
-        ranks = {"R": r, "RANKS": r}
-        thin = {**ranks, "n": 3, "COLUMNS": 128}
-        compile_kernel(low_rank.down_kernel, **thin, ROWS=32)
-        compile_kernel(low_rank.gradient_kernel, pointers=[("out", FP32)], **thin, ROWS=64)
-        compile_kernel(low_rank.up_kernel, **thin, ROWS=64)
-        for drop in (False, True):
-            tile = {**ranks, "ADAPTED": True, "DOWN": True, "DROP": drop, "STAGES": 3}
-            tile |= {"ROWS": swiglu.ROWS, "COLUMNS": swiglu.COLUMNS}
-            compile_kernel(swiglu.swiglu_kernel, **tile)
-            compile_kernel(swiglu.swiglu_backward_kernel, pointers=[("below", FP32)], **tile)
-        compile_kernel(rotary.turn_kernel, 2, **ranks, ADAPTED=True, ROWS=16, HALF=64, HEADS=8)
-        compile_kernel(rotary.turn_backward_kernel, **ranks, ADAPTED=True, ROWS=16, HALF=64)
+    ranks = {"R": r, "RANKS": r}
+    thin = {**ranks, "n": 3, "COLUMNS": 128}
+    compile_kernel(low_rank.down_kernel, **thin, ROWS=32)
+    compile_kernel(low_rank.gradient_kernel, pointers=[("out", FP32)], **thin, ROWS=64)
+    compile_kernel(low_rank.up_kernel, **thin, ROWS=64)
+    for drop in (False, True):
+        tile = {**ranks, "ADAPTED": True, "DOWN": True, "DROP": drop, "STAGES": 3}
+        tile |= {"ROWS": swiglu.ROWS, "COLUMNS": swiglu.COLUMNS}
+        compile_kernel(swiglu.swiglu_kernel, **tile)
+        compile_kernel(swiglu.swiglu_backward_kernel, pointers=[("below", FP32)], **tile)
+    compile_kernel(rotary.turn_kernel, 2, **ranks, ADAPTED=True, ROWS=16, HALF=64, HEADS=8)
+    compile_kernel(rotary.turn_backward_kernel, **ranks, ADAPTED=True, ROWS=16, HALF=64)
     print("13 kernels compile")
 
 
-main()
+main(int(sys.argv[1]))

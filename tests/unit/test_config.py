@@ -30,6 +30,7 @@ attention = "auto"
 dense_weights = "auto"
 [data]
 train = ["data/train.jsonl"]
+weights = []
 eval = []
 eval_fraction = 0.1
 format = "auto"
@@ -41,6 +42,10 @@ packing = true
 overlong = "drop"
 bad_rows = "error"
 deduplicate = true
+near_duplicates = "report"
+checks = "error"
+category = ""
+cache = "auto"
 [lora]
 variant = "lora"
 r = 16
@@ -75,6 +80,7 @@ every_steps = 100
 keep_last = 3
 [parallel]
 sharding = "auto"
+timeout_seconds = 600
 [log]
 every_steps = 10
 tensorboard = true
@@ -148,6 +154,7 @@ def test_overrides_win_and_the_last_one_does(load):
         ("data.train=123", ("123",)),
         ('data.train="a.jsonl"', ("a.jsonl",)),
         ('data.train=["a.jsonl", "b.jsonl"]', ("a.jsonl", "b.jsonl")),
+        ("data.weights=[2]", (2,)),
         ('data.columns={ question = "instruction" }', {"question": "instruction"}),
         ("data.packing=false", False),
         ("optim.learning_rate=1", 1),
@@ -433,7 +440,7 @@ def test_a_file_that_is_no_toml(refusal, tmp_path, recipe, complaint):
 
 def test_a_missing_file_and_the_rest(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"(?s)2 problems in .*nope.toml and .*No such file.*lora.r: must be"
+        ConfigError, match=r"(?s)2 problems in .*nope.toml and .*nope.toml is missing.*lora.r: must be"
     ) as caught:
         load_config([str(tmp_path / "nope.toml"), "lora.r=0", "eval.samples=5", "data.eval_fraction=0"])
     assert "held out" not in str(caught.value)  # the file might have said data.eval

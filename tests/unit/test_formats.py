@@ -285,10 +285,11 @@ def test_text_that_is_no_utf8_is_a_bad_row(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("rows.csv", b"a,b", r"rows are read from .json, .jsonl, .txt files, by the suffix"),
+        ("rows.csv", b"a,b", r"rows are read from .json, .jsonl, .txt, .parquet files, by the suffix"),
         ("rows.json", b'{"text": "a"}', r"holds an object, not a list of objects"),
-        ("rows.json", b'{"text": "a"}\n{"text": "b"}', r"not valid JSON at line 2 column 1: .*is named .jsonl"),
-        ("rows.json", b'["\xff"]', r"not valid UTF-8 at byte 3"),
+        ("rows.json", b'{"text": "a"}\n{"text": "b"}', r"holds an object, .*is named .jsonl"),
+        ("rows.json", b'[{"text": "a"}, {"text"', r"its list is not closed; it ends in row 2"),
+        ("rows.json", b'[{"text": "a"}]\n[]', r"something follows its list"),
     ],
 )
 def test_files_that_cannot_be_read_are_refused(tmp_path, name, content, message):

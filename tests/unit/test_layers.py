@@ -11,15 +11,18 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. A file imports from floors below its own, or from its own as long as no circle arises.
 FLOORS = [
-    ["__init__", "errors", "files", "seeds", "rules", "config"],
-    ["kernels", "surgery", "attention", "loss", "tokenizer", "log", "model", "shards"],
-    ["nf4", "precision", "masters", "optim", "offload", "parallel", "data"],
+    ["__init__", "errors", "secrets", "foreign", "files", "digests", "seeds", "rules", "config", "progress"],
+    ["launch", "watch"],
+    ["kernels", "surgery", "attention", "loss", "log", "model"],
+    ["header", "shards", "tokenizer_bounds", "sentencepiece_model", "tokenizer"],
+    ["signals", "lock", "trouble"],
+    ["nf4", "precision", "masters", "optim", "offload", "parallel", "data", "sharding"],
     ["adapters"],
     ["byhand", "plan"],
-    ["pretrained", "peft_format", "checkpoint"],
+    ["pretrained", "peft_format", "checkpoint", "saver"],
     ["build", "runs"],
     ["merge", "generate"],
-    ["step", "samples"],
+    ["step", "samples", "preview"],
     ["train"],
     ["scripts"],
 ]

@@ -22,7 +22,7 @@ def shape(size: str) -> LlamaConfig:
     return LlamaConfig(128256, D, F, layers, heads, 8, D // heads, 8192, 1e-5, 500000.0)
 
 
-def needs(size: str, cfg: Config, by_hand: bool = True) -> plan.Memory:
+def needs(size: str, cfg: Config, by_hand: bool = True, **ranks: int) -> plan.Memory:
     config = shape(size)
     with torch.device("meta"):
         model = Llama(config)
@@ -31,7 +31,7 @@ def needs(size: str, cfg: Config, by_hand: bool = True) -> plan.Memory:
         nf4.quantize_linears(model, torch.bfloat16)
     if cfg.method != "full":
         adapters.attach(model, cfg.lora)
-    return plan.memory(model, config, cfg, by_hand)
+    return plan.memory(model, config, cfg, by_hand, **ranks)
 
 
 def recipe(tmp_path: Path, *keys: str) -> Config:
@@ -99,3 +99,15 @@ def test_a_larger_rank_needs_more(tmp_path: Path) -> None:
     more = replace(cfg, lora=LoRAConfig(r=64))
     assert needs("8b", more).weights > needs("8b", cfg).weights
     assert needs("8b", more).kept[Keep.INPUT] > needs("8b", cfg).kept[Keep.INPUT]
+
+
+def test_what_ranks_share_and_what_passes_between_them() -> None:
+    """70B by LoRA in bf16: two ranks of 80 GB share the base, and what is not shared is small beside it."""
+    cfg = replace(Config(), method="lora", train=replace(Config().train, batch_size=1))
+    alone, shared = needs("70b", cfg), needs("70b", cfg, ranks=2, shards=2)
+    adapters_ = 207e6 * (4 + 2)  # fp32, and a copy in bf16
+    assert alone.weights - adapters_ == pytest.approx(70.5e9 * 2, rel=0.01)
+    assert shared.weights - adapters_ == pytest.approx(70.5e9, rel=0.01)
+    assert 0 < shared.passing < 12e9 and alone.passing == 0
+    full = needs("70b", replace(cfg, method="full"), ranks=16, shards=16)
+    assert full.weights < 9.1e9 and full.moments < 45e9 and full.gradients < 18e9

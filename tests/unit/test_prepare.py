@@ -2,20 +2,26 @@
 
 import hashlib
 import json
+import math
+import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minitune import data
 from minitune.config import DataConfig
-from minitune.data import Prepared, content_hash, hold_out, prepare
+from minitune.data import Prepared, prepare
+from minitune.data.corpus import Corpus
+from minitune.data.fates import firsts, held_out, repeated
 from minitune.data.formats import Instruction, Text
-from minitune.data.packing import Corpus
-from minitune.data.templates import Document
+from minitune.data.tokenise import content_hash
 from minitune.errors import UserError
 from minitune.tokenizer import Tokenizer, load_tokenizer
 
@@ -60,7 +66,7 @@ def documents(corpus: Corpus | None) -> list[tuple[int, ...]]:
 
 
 def accounted(prepared: Prepared) -> int:
-    names = ("skipped", "duplicates", "dropped", "train_documents", "eval_documents")
+    names = ("skipped", "duplicates", "overlap", "dropped", "train_documents", "eval_documents")
     return sum(prepared.counts[name] for name in names)
 
 
@@ -80,12 +86,15 @@ def test_every_row_is_in_one_count(jsonl, tokenizer):
     got = prepare(recipe(path, bad_rows="skip"), tokenizer)
     assert got.counts["rows"] == len(rows) == accounted(got)
     assert [got.counts[name] for name in ("skipped", "duplicates", "dropped")] == [2, 2, 1]
-    assert [reason.removeprefix(path) for reason in got.skipped] == [
-        ":63: output is missing; there is instruction",
-        ":64: not valid JSON at column 2: Unterminated string starting at",
+    assert [(row["file"], row["line"], row["fate"], row["reason"]) for row in got.left_out()] == [
+        (path, 61, "duplicate", f"the same as {path}:4"),
+        (path, 62, "duplicate", f"the same as {path}:4"),
+        (path, 63, "bad", "output is missing; there is instruction"),
+        (path, 64, "bad", "not valid JSON at column 2: Unterminated string starting at"),
+        (path, 65, "dropped", "9036 tokens, too long"),
     ]
     assert got.warnings == ["2 of 65 rows cannot be used and are skipped"]
-    assert got.counts["tokens"] == len(got.train.tokens)
+    assert got.counts["tokens"] == sum(len(ids) for ids in documents(got.train))
     answers = sum(len(row["output"]) + 1 for row in QUESTIONS)  # its bytes, and eos
     assert got.counts["trained_tokens"] + got.eval.trained_tokens == answers
     assert got.digests == {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()}
@@ -117,8 +126,10 @@ def test_samples_are_held_out_prompts_with_one_answer(jsonl, tokenizer):
 
 
 def split(rows: list[dict], fraction: float = 0.2) -> tuple[set[str], set[str]]:
-    items = [(Instruction(row["instruction"], "", row["output"]), Document([0], [True])) for row in rows]
-    return tuple({example.instruction for example, _ in side} for side in hold_out(items, fraction))
+    asked = np.array([row["instruction"] for row in rows])
+    hashes = [content_hash(Instruction(row["instruction"], "", row["output"])) for row in rows]
+    held = held_out(np.array(hashes, np.uint64), fraction)
+    return set(asked[~held].tolist()), set(asked[held].tolist())
 
 
 def test_rows_stay_on_their_side():
@@ -160,14 +171,57 @@ def test_all_rows_the_same_hold_nothing_out(jsonl, tokenizer):
     assert got.warnings == ["no rows are held out, as all are the same"]
 
 
-def test_given_eval_files_are_taken_whole_and_compared(jsonl, tokenizer):
-    train, held = jsonl(QUESTIONS[:40]), jsonl(QUESTIONS[35:], "eval.jsonl")
+def test_rows_of_data_eval_are_not_trained_on(jsonl, tokenizer):
+    again = [QUESTIONS[35] | {"output": f" {QUESTIONS[35]['output']}\n"}, *QUESTIONS[36:]]  # but for white space
+    train, held = jsonl(QUESTIONS[:40]), jsonl(again, "eval.jsonl")
     got = prepare(recipe(train, eval=(held,)), tokenizer)
-    assert (got.counts["train_documents"], got.counts["eval_documents"], got.counts["overlap"]) == (40, 25, 5)
+    assert (got.counts["train_documents"], got.counts["eval_documents"], got.counts["overlap"]) == (35, 25, 5)
     assert got.counts["rows"] == accounted(got) == 65
+    assert not set(documents(got.train)) & set(documents(got.eval))
+    assert [row["line"] for row in got.left_out() if row["fate"] == "overlap"] == [36, 37, 38, 39, 40]
     assert set(got.digests) == {train, held}
-    assert got.warnings == ["5 of 25 rows of data.eval are in data.train as well"]
+    assert got.warnings == ["5 rows of data.train are in data.eval as well and are not trained on"]
     assert prepare(recipe(train), tokenizer).counts["overlap"] == 0
+
+    kept = prepare(recipe(train, eval=(held,), deduplicate=False), tokenizer)  # the control
+    assert (kept.counts["train_documents"], kept.counts["overlap"]) == (40, 5)
+    assert set(documents(kept.train)) & set(documents(kept.eval))
+    assert kept.warnings == ["5 rows of data.train are in data.eval as well and are trained on all the same"]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 9), max_size=40))
+def test_firsts_are_where_a_list_finds_them(keys):
+    assert firsts(np.array(keys, np.uint64)).tolist() == [keys.index(key) for key in keys]
+
+
+# ---- weights
+
+
+@settings(deadline=None)
+@given(st.integers(1, 40), st.floats(0.01, 4), st.integers(0, 9))
+def test_weights_repeat_documents_exactly(documents, weight, seed):
+    entries = np.arange(100, 100 + documents)
+    content = np.random.default_rng(seed).integers(0, 2**63, documents).astype(np.uint64)
+    got = repeated(entries, content, weight)
+    times = np.bincount(got - 100, minlength=documents)
+    assert len(got) == round(weight * documents)
+    assert set(times.tolist()) <= {math.floor(weight), math.ceil(weight)}
+    order = np.random.default_rng(seed).permutation(documents)
+    assert repeated(entries, content, weight).tolist() == got.tolist()
+    chosen = set(content[got - 100][np.argsort(got)].tolist())
+    assert set(content[order][repeated(np.arange(documents), content[order], weight)].tolist()) == chosen
+
+
+def test_weights_are_by_file(jsonl, tokenizer):
+    one, two = jsonl(QUESTIONS[:10]), jsonl(QUESTIONS[10:30], "two.jsonl")
+    got = prepare(recipe(one, two, weights=(2.0, 0.5), eval_fraction=0.0), tokenizer)
+    assert (got.counts["train_documents"], got.counts["rows"]) == (30, 30)
+    plain = prepare(recipe(one, two, eval_fraction=0.0), tokenizer)
+    times = Counter(documents(got.train))
+    assert [times[ids] for ids in documents(plain.train)[:10]] == [2] * 10
+    assert sorted(times[ids] for ids in documents(plain.train)[10:]) == [0] * 10 + [1] * 10
+    assert got.counts["tokens"] == sum(len(ids) for ids in documents(got.train))
 
 
 # ---- rows that are too long
@@ -176,9 +230,10 @@ def test_given_eval_files_are_taken_whole_and_compared(jsonl, tokenizer):
 def test_overlong_rows(jsonl, tokenizer):
     rows = [*QUESTIONS[:9], {"instruction": "Count on.", "output": "1 " * 400}]
     path = jsonl(rows)
-    dropped = prepare(recipe(path, max_seq_len=200, eval_fraction=0.0), tokenizer)
+    dropped = prepare(recipe(path, max_seq_len=200, eval_fraction=0.0, checks="warn"), tokenizer)
     assert (dropped.counts["dropped"], dropped.counts["train_documents"]) == (1, 9)
-    assert dropped.warnings[0].startswith("1 of 10 rows are longer than data.max_seq_len = 200 and are dropped")
+    [warning] = dropped.warnings
+    assert warning.startswith("data: 1 of 10 rows are left out, more than 5%: 1 are too long (raise data.max_seq_len")
 
     cut = prepare(recipe(path, max_seq_len=200, eval_fraction=0.0, overlong="truncate"), tokenizer)
     whole = prepare(recipe(path, eval_fraction=0.0), tokenizer)
@@ -186,7 +241,7 @@ def test_overlong_rows(jsonl, tokenizer):
     assert documents(cut.train) == [ids[:200] for ids in documents(whole.train)]
     exact = len(documents(whole.train)[-1])
     fits = prepare(recipe(path, max_seq_len=exact, eval_fraction=0.0, overlong="error"), tokenizer)
-    assert np.array_equal(fits.train.tokens, whole.train.tokens)
+    assert documents(fits.train) == documents(whole.train)
     with pytest.raises(
         UserError, match=rf"1 rows are longer than data.max_seq_len = {exact - 1}.*\n.*:10: {exact} tokens"
     ):
@@ -195,19 +250,66 @@ def test_overlong_rows(jsonl, tokenizer):
 
 def test_a_row_cut_before_its_answer_is_dropped(jsonl, tokenizer):
     path = jsonl([*QUESTIONS[:9], {"instruction": "x" * 400, "output": "y"}])
-    got = prepare(recipe(path, max_seq_len=200, overlong="truncate"), tokenizer)
+    got = prepare(recipe(path, max_seq_len=200, overlong="truncate", checks="warn"), tokenizer)
     assert (got.counts["truncated"], got.counts["dropped"]) == (0, 1)
 
 
-def test_losing_most_rows_is_an_error(jsonl, tokenizer):
+def test_nothing_left_is_an_error(jsonl, tokenizer):
     path = jsonl(QUESTIONS)
-    with pytest.raises(UserError, match=r"of 60 rows are too long .*raise data.max_seq_len = 70 or set data.overlong"):
-        prepare(recipe(path, max_seq_len=70), tokenizer)
-    with pytest.raises(UserError, match=r"data.train: nothing is left of 60 rows: 0 skipped, 60 too long"):
-        prepare(recipe(path, max_seq_len=10, overlong="truncate"), tokenizer)
-    with pytest.raises(UserError, match=r"data.eval: nothing is left of 1 rows: 0 skipped, 1 too long"):
+    with pytest.raises(UserError, match=r"data.train: nothing is left of 60 rows: 60 too long; raise data.max_seq_len"):
+        prepare(recipe(path, max_seq_len=10, overlong="truncate", checks="warn"), tokenizer)
+    with pytest.raises(UserError, match=r"data.eval: nothing is left of 1 rows: 1 too long"):
         long = jsonl([{"instruction": "x" * 400, "output": "y"}], "eval.jsonl")
-        prepare(recipe(path, eval=(long,), max_seq_len=300), tokenizer)
+        prepare(recipe(path, eval=(long,), max_seq_len=300, checks="warn"), tokenizer)
+    with pytest.raises(UserError, match=r"data.train: nothing is left of 60 rows: 60 in data.eval, too"):
+        prepare(recipe(path, eval=(jsonl(QUESTIONS, "eval.jsonl"),)), tokenizer)
+
+
+# ---- data that can hardly be meant
+
+
+def doubtful(cfg: DataConfig, tokenizer: Tokenizer, words: str) -> None:
+    """It is refused, saying which key lets it pass; that key does; and then it is a warning."""
+    with pytest.raises(UserError, match=words) as refused:
+        prepare(cfg, tokenizer)
+    assert str(refused.value).endswith('if it is meant so, set data.checks = "warn"')
+    assert any(re.search(words, warning) for warning in prepare(replace(cfg, checks="warn"), tokenizer).warnings)
+    assert prepare(cfg, tokenizer, refuse=False).counts
+
+
+def test_losing_more_than_one_row_in_twenty_is_refused(jsonl, tokenizer):
+    long = [{"instruction": f"{n} " + "x" * 9000, "output": "y"} for n in range(4)]
+    assert prepare(recipe(jsonl([*QUESTIONS, *long[:3]])), tokenizer).counts["dropped"] == 3
+    doubtful(recipe(jsonl([*QUESTIONS, *long])), tokenizer, r"4 of 64 rows are left out, more than 5%: 4 are too long")
+    bad = [{"instruction": "?"}] * 4
+    rows = jsonl([*QUESTIONS, *bad])
+    doubtful(recipe(rows, bad_rows="skip"), tokenizer, r"4 of 64 rows are left out, .* 4 cannot be used")
+
+
+def test_rows_of_answers_alone_are_refused(jsonl, tokenizer):
+    answers = [{"prompt": "", "completion": row["output"] or "0"} for row in QUESTIONS]
+    doubtful(recipe(jsonl(answers)), tokenizer, r"every token of the 60 documents is trained, as if")
+    assert prepare(recipe(jsonl(answers), train_on_prompt=True), tokenizer).warnings == []
+    texts = [{"text": row["completion"]} for row in answers]
+    assert prepare(recipe(jsonl(texts)), tokenizer).warnings == []
+    answers[7]["prompt"] = "Count to seven: "
+    assert prepare(recipe(jsonl(answers)), tokenizer).warnings == []
+
+
+def test_an_eos_that_is_never_learned_is_refused(jsonl, tokenizer):
+    """Of two answers the last alone is closed by an eos, as the template writes none."""
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    chatty = replace(tokenizer, chat_template=template + "{% if add_generation_prompt %}assistant: {% endif %}")
+
+    def chats(last: bool) -> str:
+        asked = {"role": "user", "content": "a"}
+        answers = [{"role": "assistant", "content": "b", "train": True}, {"role": "assistant", "content": "c"}]
+        answers[1]["train"] = last
+        rows = [{"messages": [asked | {"content": f"a{n}"}, answers[0], asked, answers[1]]} for n in range(9)]
+        return jsonl(rows)
+
+    assert prepare(recipe(chats(last=True)), chatty).warnings == []
+    doubtful(recipe(chats(last=False)), chatty, r"no document trains the token that ends an answer")
 
 
 # ---- what is refused

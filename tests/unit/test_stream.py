@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minitune.data.packing import Batch, Corpus
+from minitune.data.corpus import Corpus
+from minitune.data.packing import Batch
 from minitune.data.stream import Stream, deal, eval_batches
 from minitune.errors import UserError
 
@@ -142,8 +143,8 @@ def test_equal_shares_need_empty_rows() -> None:
     """The control for the test above: 5 rows on 2 ranks are 3 and 2 without them."""
     rows = [[document] for document in range(5)]
     assert [len(rows[rank::2]) for rank in range(2)] == [3, 2]
-    assert deal(rows, 2, 0, 2) == [[[0], [2]], [[4], []]]
-    assert deal(rows, 2, 1, 2) == [[[1], [3]], [[], []]]
+    assert list(deal(rows, 2, 0, 2)) == [[[0], [2]], [[4], []]]
+    assert list(deal(rows, 2, 1, 2)) == [[[1], [3]], [[], []]]
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -154,6 +155,7 @@ def test_resuming_at_every_step_of_three_epochs_goes_on_exactly(packing: bool) -
     states, steps = [], []
     for _ in range(3 * straight.steps_per_epoch):
         states.append(json.dumps(straight.state()))
+        assert straight.state_at(len(steps)) == straight.state()
         steps.append(straight.next_step())
     for at, state in enumerate(states):
         resumed = make_stream(corpus, packing=packing)
@@ -212,8 +214,9 @@ def test_a_state_of_other_data_is_refused() -> None:
     state = make_stream(corpus).state()
     with pytest.raises(UserError, match="documents was 40 and is 41; tokens was"):
         make_stream(make_corpus(41)).load(state)
-    corrected = Corpus(corpus.tokens.copy(), corpus.trained, corpus.offsets)
-    corrected.tokens[7] += 1  # as many documents and tokens, but not the same ones
+    documents = [corpus[number] for number in range(40)]
+    documents[3][0][1] += 1
+    corrected = Corpus.from_documents(documents)  # as many documents and tokens, but not the same ones
     with pytest.raises(UserError, match=r"settings: digest was \w+ and is \w+; put"):
         make_stream(corrected).load(state)
 

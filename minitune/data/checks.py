@@ -1,0 +1,120 @@
+"""What is said, before a model loads, about data that cannot be used or can hardly be meant."""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+
+from minitune.config import DataConfig
+from minitune.data.fates import Fate, Fates
+from minitune.data.store import Store
+from minitune.data.tokenise import BAD, CUT, HIDES_TOOLS, RAW, STOPS
+from minitune.errors import UserError
+
+SHOWN = 10  # of the rows that a message is about
+TOO_MANY = 0.05  # of the rows left out
+ANYWAY = 'if it is meant so, set data.checks = "warn"'
+Counts = dict[str, int | float]
+
+
+def refuse_rows(store: Store, cfg: DataConfig) -> None:
+    """One error for all rows that the recipe does not let pass."""
+    flags, file = store.column("flags"), store.column("file")
+    for key, names, mine in (("train", cfg.train, file < len(cfg.train)), ("eval", cfg.eval, file >= len(cfg.train))):
+        if names and not mine.any():
+            raise UserError(f"data.{key}: {', '.join(names)} holds no rows")
+    parts = []
+    bad = int(np.count_nonzero(flags & BAD))
+    if bad and cfg.bad_rows == "error":
+        listed = (f"{store.origin(entry)}: {reason}" for entry, _, reason in store.reasons())
+        parts.append(
+            f'{bad} rows cannot be used; mend them, or leave them out with data.bad_rows = "skip"\n{some(listed, bad)}'
+        )
+    overlong = np.flatnonzero((store.column("tokens") == 0) & (flags & BAD == 0))
+    if len(overlong) and cfg.overlong == "error":
+        listed = (f"{store.origin(entry)}: {store.value('whole', entry)} tokens" for entry in overlong)
+        parts.append(
+            f"{len(overlong)} rows are longer than data.max_seq_len = {cfg.max_seq_len}; raise it, or "
+            f'set data.overlong to "drop" or "truncate"\n{some(listed, len(overlong))}'
+        )
+    if parts:
+        raise UserError("\n".join(parts))
+
+
+def refuse_doubtful(store: Store, fates: Fates, cfg: DataConfig, counts: Counts) -> None:
+    """Nothing left to train or evaluate on is an error; what can hardly be meant is one, unless it is let pass."""
+    refuse_emptiness(store, fates, cfg)
+    if cfg.checks == "error" and (found := list(doubts(store, fates, cfg, counts))):
+        raise UserError("\n".join(found) + f"\n{ANYWAY}")
+
+
+def refuse_emptiness(store: Store, fates: Fates, cfg: DataConfig) -> None:
+    given = store.column("file") >= len(cfg.train)
+    for key, names, mine, used in (("train", cfg.train, ~given, Fate.TRAIN), ("eval", cfg.eval, given, Fate.EVAL)):
+        if not names or (fates.fate[mine] == used).any():
+            continue
+        became = {fate: int(np.count_nonzero(fates.fate[mine] == fate)) for fate in Fate}
+        shares = {
+            "skipped": became[Fate.BAD],
+            "too long": became[Fate.DROPPED],
+            "in data.eval, too": became[Fate.OVERLAP],
+        }
+        listed = (f"{store.origin(entry)}: {reason}" for entry, _, reason in store.reasons() if mine[entry])
+        raise UserError(
+            f"data.{key}: nothing is left of {np.count_nonzero(mine)} rows: "
+            f"{', '.join(f'{count} {what}' for what, count in shares.items() if count)}; "
+            + (longer(cfg) if became[Fate.DROPPED] else "look at what was left out")
+            + (f"\n{some(listed, became[Fate.BAD])}" if became[Fate.BAD] else "")
+        )
+
+
+def doubts(store: Store, fates: Fates, cfg: DataConfig, counts: Counts) -> Iterator[str]:
+    """What can hardly be meant, a sentence each."""
+    used = np.isin(fates.fate, (Fate.TRAIN, Fate.EVAL))
+    flags, trained = store.column("flags")[used], store.column("trained")[used].sum(dtype=np.int64)
+    made = f"the {np.count_nonzero(used)} documents"
+    if trained == 0:
+        yield f"data: nothing is learned from {made}: no token of them is trained"
+    answers = flags & RAW == 0
+    predicted = (store.column("tokens")[used] - 1)[answers].sum(dtype=np.int64)
+    if answers.any() and not cfg.train_on_prompt and trained_among(store, used, answers) >= predicted:
+        yield f"data: every token of {made} is trained, as if nothing were a prompt; see data.columns and data.format"
+    whole = flags & CUT == 0
+    if whole.any() and not (flags[whole] & STOPS).any():
+        yield "data: no document trains the token that ends an answer, so the model would never learn to stop"
+    left_out = counts["skipped"] + counts["dropped"]
+    if left_out > TOO_MANY * len(fates.fate):
+        shares = [f"{counts['skipped']} cannot be used"] * (counts["skipped"] > 0)
+        shares += [f"{counts['dropped']} are too long ({longer(cfg)})"] * (counts["dropped"] > 0)
+        yield (
+            f"data: {left_out} of {len(fates.fate)} rows are left out, more than {TOO_MANY:.0%}: {' and '.join(shares)}"
+        )
+
+
+def trained_among(store: Store, used: np.ndarray, these: np.ndarray) -> int:
+    return int(store.column("trained")[used][these].sum(dtype=np.int64))
+
+
+def warnings(store: Store, fates: Fates, cfg: DataConfig, counts: Counts) -> Iterator[str]:
+    doubted = list(doubts(store, fates, cfg, counts))
+    yield from doubted
+    if counts["skipped"] and not any("left out" in doubt for doubt in doubted):
+        yield f"{counts['skipped']} of {counts['rows']} rows cannot be used and are skipped"
+    if counts["overlap"]:
+        what = "not trained on" if cfg.deduplicate else "trained on all the same"
+        yield f"{counts['overlap']} rows of data.train are in data.eval as well and are {what}"
+    if not cfg.eval and cfg.eval_fraction > 0 and not counts["eval_documents"]:
+        yield "no rows are held out, as all are the same"
+    if (store.column("flags")[np.isin(fates.fate, (Fate.TRAIN, Fate.EVAL))] & HIDES_TOOLS).any():
+        yield "some rows list tools, which the tokenizer's chat template does not show to the model"
+
+
+def longer(cfg: DataConfig) -> str:
+    also = ' or set data.overlong = "truncate"' * (cfg.overlong == "drop")
+    return f"raise data.max_seq_len = {cfg.max_seq_len}{also}"
+
+
+def some(rows: Iterator[str], count: int) -> str:
+    """The first few rows, one a line, and how many there are besides."""
+    shown = [f"  {row}" for row in islice(rows, SHOWN)]
+    return "\n".join(shown + ([f"  and {count - SHOWN} more"] if count > SHOWN else []))

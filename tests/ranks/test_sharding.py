@@ -1,0 +1,100 @@
+"""A model spread over ranks: the bytes that they gather, what they read, what runs on it."""
+
+import json
+from pathlib import Path
+
+import jobs
+import pytest
+import torch
+from conftest import SMALL, Launch, MakeBase, curve, made
+from test_numbers import SPLITS, assert_same, over
+
+WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 1, "tie_word_embeddings": False}
+WIDE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}  # gate_proj: 2 x 65,536 bytes
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_four_bit_bytes_are_those_of_one_process(
+    ranks: int, launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path
+) -> None:
+    """All 65,536 pairs of bytes among them; on three ranks no row count is a multiple."""
+    arguments = [str(recipe), "method=qlora", f"model.path={make_base(**WIDE)}", "parallel.sharding=full"]
+    ended = launch(ranks, jobs.four_bits, arguments)
+    assert ended.codes == [0] * ranks, "\n".join(ended.logs)
+
+
+def test_a_wrong_byte_is_found_before_training(
+    launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path
+) -> None:
+    arguments = [str(recipe), "method=qlora", f"model.path={make_base(**WIDE)}", "parallel.sharding=full"]
+    ended = launch(2, jobs.one_wrong_byte, arguments)
+    assert 0 not in ended.codes
+    assert "rank 1 gathers 1 units whose bytes are not those that the ranks hold" in "".join(ended.logs)
+
+
+def test_a_rank_s_host_memory_is_near_its_share(
+    launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path
+) -> None:
+    size = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "vocab_size": 4096}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": False}
+    folder, peak = make_base(**size, **heads), {}
+    for sharding in ("full", "replicate"):
+        arguments = [str(recipe), f"model.path={folder}", f"parallel.sharding={sharding}"]
+        ended = launch(4, jobs.memory, arguments, str(tmp_path / sharding))
+        assert ended.codes == [0] * 4, ended.logs
+        told = [json.loads((tmp_path / f"{sharding}-{rank}").read_text()) for rank in range(4)]
+        peak[sharding] = max(took / whole for took, whole in told)
+    assert peak["replicate"] > 1.0  # of the whole model: the measure sees it
+    assert peak["full"] < 0.65, peak  # a quarter each, and a twelfth for each block that is gathered
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_tied_heads(method: str, launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path) -> None:
+    tied = make_base(**SMALL | {"tie_word_embeddings": True})
+    arguments = [str(recipe), f"method={method}", f"model.path={tied}", "optim.learning_rate=1e-3"]
+    assert launch(1, jobs.train, [*arguments, f"out={tmp_path / 'alone'}"]).codes == [0]
+    spread = [*arguments, *over(SPLITS["two ranks"]), "parallel.sharding=full", f"out={tmp_path / 'spread'}"]
+    ended = launch(2, jobs.train, spread)
+    assert ended.codes == [0, 0], "\n".join(ended.logs)
+    assert_same(tmp_path / "alone", tmp_path / "spread")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_blocks_by_hand(method: str, launch: Launch, recipe: Path, tmp_path: Path) -> None:
+    """Their backward pass reads weights that are gathered again only just before it."""
+    arguments = [str(recipe), f"method={method}", "optim.learning_rate=1e-3", "eval.every_steps=3"]
+    assert launch(1, jobs.train_by_hand, [*arguments, f"out={tmp_path / 'alone'}"]).codes == [0]
+    spread = [*arguments, *over(SPLITS["two ranks"]), "parallel.sharding=full", f"out={tmp_path / 'spread'}"]
+    ended = launch(2, jobs.train_by_hand, spread)
+    assert ended.codes == [0, 0], "\n".join(ended.logs)
+    assert "fused blocks" in ended.logs[0]
+    assert_same(tmp_path / "alone", tmp_path / "spread")
+
+
+def test_bf16_weights_have_their_masters_spread_and_go_on_bit_for_bit(
+    launch: Launch, recipe: Path, tmp_path: Path
+) -> None:
+    arguments = [str(recipe), "method=full", "model.dtype=bfloat16", "optim.learning_rate=1e-3"]
+    assert launch(1, jobs.train, [*arguments, f"out={tmp_path / 'alone'}"]).codes == [0]
+    arguments += [*over(SPLITS["two ranks"]), "parallel.sharding=full"]
+    assert launch(2, jobs.train, [*arguments, f"out={tmp_path / 'whole'}"]).codes == [0, 0]
+    for key in ("loss", "eval_loss"):
+        ours, theirs = (torch.tensor(curve(tmp_path / name)[key]) for name in ("whole", "alone"))
+        torch.testing.assert_close(ours, theirs, rtol=0.01, atol=0)  # gradients of a micro-batch are bf16
+    out = tmp_path / "stopped"
+    trouble = {"rank": 1, "step": 2, "what": "gets SIGTERM"}
+    assert launch(2, jobs.train, [*arguments, f"out={out}"], trouble).codes == [143, 143]
+    assert launch(2, jobs.train, [*arguments, f"out={out}"]).codes == [0, 0]
+    assert curve(out) == curve(tmp_path / "whole")
+    assert all(torch.equal(made(out)[name], weight) for name, weight in made(tmp_path / "whole").items())
+
+
+def test_auto_takes_the_first_that_fits(launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path) -> None:
+    """On the rank that has least memory."""
+    out, deep = tmp_path / "chosen.json", make_base(**SMALL | {"num_hidden_layers": 24})
+    arguments = [str(recipe), f"model.path={deep}", "parallel.sharding=auto", "train.batch_size=1", "lora.r=1"]
+    ended = launch(4, jobs.ways, arguments, str(out), machines=2)
+    assert ended.codes == [0] * 4, ended.logs
+    chosen = json.loads(out.read_text())
+    for room, how in (("1", "replicate"), ("2", "hybrid"), ("4", "full"), ("too little", "full")):
+        assert f"4 processes, {how}," in chosen[room], (room, chosen)
