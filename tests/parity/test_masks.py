@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Engine
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from minitune.data import chat_template, chats, encoding, templates
@@ -482,7 +482,9 @@ def make(request, tmp_path_factory) -> Callable[[str, bool], tuple[Tokenizer, An
     """make(chat template, does it add bos) -> our tokenizer and transformers', of one folder."""
     if request.param == "byte-level":
         engine = Engine(models.BPE())
-        engine.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        words = Regex(r"[\r\n]+| ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+")  # line breaks by themselves
+        splits = [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        engine.pre_tokenizer = pre_tokenizers.Sequence(splits)
         engine.decoder = decoders.ByteLevel()
         alphabet, bytes_ = pre_tokenizers.ByteLevel.alphabet(), []
     else:
