@@ -46,8 +46,15 @@ def ten_thousand(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[i
 
 def recipe(path: Path, base: Path, out: Path, *more: str) -> list[str]:
     keys = [f"model.path={base}", "model.dtype=float32", f"data.train={path}", f"out={out}", "method=lora"]
-    keys += ["data.template=alpaca", "data.max_seq_len=256", "train.max_steps=1", "log.tensorboard=false"]
-    return [*keys, "data.eval_fraction=0.001", "eval.every_steps=0", "eval.early_stopping_patience=0", *more]
+    keys += [
+        "eval.early_stopping_patience=0",
+        "train.gradient_accumulation_steps=1",
+        "data.template=alpaca",
+        "data.max_seq_len=256",
+        "train.max_steps=1",
+        "log.tensorboard=false",
+    ]
+    return [*keys, "data.eval_fraction=0.001", "eval.every_steps=0", "train.batch_size=1", *more]
 
 
 def test_bad_rows_are_an_error_that_names_them(ten_thousand: Any, small_base: Path, tmp_path: Path) -> None:
