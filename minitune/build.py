@@ -31,6 +31,7 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
     dtype = DTYPES[cfg.model.dtype]
     with torch.device("meta"):
         model = Llama(config)
+    pretrained.check_weights(model, base)  # before anything takes memory on config.json's word
     model.to(dtype)
     if cfg.method == "qlora":
         nf4.quantize_linears(model, dtype)  # Linear -> NF4Linear, still empty

@@ -16,9 +16,12 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 
+from minitune import secrets
 from minitune.errors import UserError
+from minitune.foreign import read_bytes
 from minitune.rules import Knob, above, all_above, at_least, below, filled, knob, one_of, unrepeated
 
+LONGEST, DEEPEST = 1_000_000, 1000  # bytes of a recipe, and parts of a key in it
 EXAMPLE = Path(__file__).parent / "tiny" / "recipe.toml"  # what runs when no recipe is named
 FULL_LEARNING_RATE = 2e-5  # the default where all weights train
 LORA_VARIANTS = ("lora",)  # those in minitune/adapters; a new one adds its name
@@ -226,6 +229,7 @@ def load_config(arguments: list[str]) -> Config:
     settings = [(str(recipe), key, value) for key, value in flat(table)]
     settings += [(COMMAND_LINE, key, value) for key, value in overrides]
     for place, key, value in settings:
+        secrets.note(key, value)
         if complaint := what_is_wrong(key, value):
             problems.append((place, f"{key}: {complaint}"))
             wrong.add(key)
@@ -246,7 +250,7 @@ def load_config(arguments: list[str]) -> Config:
 
 def dump(cfg: Config) -> str:
     """The whole recipe as TOML; load_config reads it back to an equal Config."""
-    return tomli_w.dumps(asdict(cfg))
+    return tomli_w.dumps(secrets.hidden_in(asdict(cfg)))
 
 
 def usage() -> str:
@@ -298,9 +302,12 @@ def read_value(text: str, kind: type) -> Any:
 def read_recipe(path: Path) -> tuple[dict[str, Any], list[Problem]]:
     """The TOML of a file, and what keeps it from being read."""
     try:
-        return tomllib.loads(path.read_bytes().decode("utf-8-sig")), []
-    except OSError as error:
-        problem = f"this recipe cannot be read ({error.strerror}); a key is set as key.path=value"
+        text = read_bytes(path, LONGEST).decode("utf-8-sig")
+        if any(key.count(".") > DEEPEST for line in text.split("\n") for key in line.split("=")[:-1]):
+            raise ValueError(f"a key of more than {DEEPEST} parts")  # each part costs the parser all those before it
+        return tomllib.loads(text), []
+    except UserError as error:
+        return {}, [(str(path), f"this recipe cannot be read ({error}); a key is set as key.path=value")]
     except UnicodeDecodeError as error:
         problem = f"this recipe is not UTF-8 text (byte {error.start})"
     except (ValueError, RecursionError) as error:

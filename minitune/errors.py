@@ -3,6 +3,10 @@
 import sys
 from collections.abc import Callable
 
+from minitune import secrets
+
+LINE = 2000  # characters of a message that are shown; a file may have put anything into one
+
 
 class UserError(Exception):
     """Something the user can mend: a key, a row, a file. The message is one clear sentence that says
@@ -26,6 +30,7 @@ class RunFailed(Exception):
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Call `main(arguments)` and leave the process with the exit code its ending asks for."""
+    secrets.guard_streams()
     try:
         main(sys.argv[1:])
     except UserError as error:
@@ -41,5 +46,6 @@ def run(main: Callable[[list[str]], None]) -> None:
 def end(error: BaseException, message: str, code: int) -> None:
     """Say `message` on stderr, unless another process of the run has said the same (`said`), and exit."""
     if not getattr(error, "said", False):
-        print(message, file=sys.stderr, flush=True)
+        lines = [line if len(line) <= LINE else f"{line[:LINE]}..." for line in message.split("\n")]
+        print(secrets.hidden("\n".join(lines)), file=sys.stderr, flush=True)
     sys.exit(code)

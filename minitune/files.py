@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from minitune import secrets
 from minitune.errors import UserError
+from minitune.foreign import read_json as read_json  # what is read here was written here, or says that it was
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +62,7 @@ def write_text(path: Path, text: str) -> str:
 
 
 def write_json(path: Path, value: object) -> str:
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text(path, json.dumps(secrets.hidden_in(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
@@ -170,19 +172,6 @@ def make_parents(path: Path) -> None:
         make_parents(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the user's."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError:
-        raise UserError(f"{path} is missing or cannot be read") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} must hold a JSON object")
-    return value
 
 
 def read_plain(path: Path, most: int) -> bytes:

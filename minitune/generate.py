@@ -36,6 +36,8 @@ def generate(
     """
     if not all(prompts):
         raise UserError("the prompt is empty, and this tokenizer puts nothing before it; give some text")
+    if (highest := max(map(max, prompts))) >= model.config.vocab_size:
+        raise UserError(f"the prompt holds the id {highest}, and the model knows only {model.config.vocab_size} tokens")
     longest = max(len(prompt) for prompt in prompts)
     room = model.config.max_position_embeddings - longest
     if room < max_new_tokens:
@@ -148,13 +150,15 @@ def open_model(path: str) -> tuple[Llama, Tokenizer, Config | None]:
         model = build_model(cfg, base, device)
         peft_format.load(folder / "adapter", model)
         return model.eval(), load_tokenizer(base), cfg
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    lora = None
     if (folder / peft_format.CONFIG).exists():
         lora, where = peft_format.read_config(folder)
         base = pretrained.find(where.path, where.revision)
-        model = pretrained.load(base, dtype, device)
+    else:
+        base = pretrained.find(path)
+    tokenizer = load_tokenizer(base)
+    model = pretrained.load(base, "bfloat16" if device.type == "cuda" else "float32", device)
+    if lora is not None:
         adapters.attach(model, lora)
         peft_format.load(folder, model)
-        return model.eval(), load_tokenizer(base), None
-    base = pretrained.find(path)
-    return pretrained.load(base, dtype, device), load_tokenizer(base), None
+    return model.eval(), tokenizer, None

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minitune import files
+from minitune import files, secrets
 from minitune.errors import UserError
 
 SHOWN = {  # in the bar and in lines: metric -> how
@@ -76,7 +76,7 @@ class RunLog:
     def metrics(self, step: int, **values: float | str) -> None:
         """One line of metrics.jsonl, one point of each TensorBoard curve. NaN and infinities become null."""
         whole = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self.file.write(json.dumps({"step": step, **whole}) + "\n")
+        self.file.write(json.dumps(secrets.hidden_in({"step": step, **whole})) + "\n")
         self.file.flush()
         if self.board:
             for name, value in values.items():
@@ -106,7 +106,7 @@ class NoLog:
 
 def say(line: str) -> None:
     """A line for the person watching, above any progress bar."""
-    tqdm.write(line, file=sys.stdout)
+    tqdm.write(secrets.hidden(line), file=sys.stdout)
     sys.stdout.flush()
 
 

@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minitune import files
 from minitune.adapters import ADAPTERS, adapters, last_name
-from minitune.config import LoRAConfig, ModelConfig
+from minitune.config import LINEARS, LoRAConfig, ModelConfig
 from minitune.errors import UserError
-from minitune.files import read_json
-from minitune.shards import inside
+from minitune.foreign import inside, read_json
+from minitune.header import open_tensors, read_header
 
+HIGHEST_RANK = 65536
+FLOATS = ("F32", "F16", "BF16")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -82,25 +83,22 @@ def load(folder: Path, model: nn.Module) -> None:
         UserError: names that match nothing, places left empty, other shapes; all listed.
     """
     path = inside(folder, WEIGHTS)
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no whole safetensors file: {error}") from None
-    places = state(model)
-    problems = [f"{name} matches nothing in the model" for name in sorted(saved.keys() - places.keys())]
-    problems += [f"{name} is missing" for name in sorted(places.keys() - saved.keys())]
-    problems += [
-        f"{name} is {tuple(saved[name].shape)}, the model has {tuple(places[name].shape)}"
-        for name in sorted(saved.keys() & places.keys())
-        if saved[name].shape != places[name].shape
-    ]
+    said, places = read_header(path), state(model)
+    problems = [f"{name} matches nothing in the model" for name in sorted(said.keys() - places.keys())]
+    problems += [f"{name} is missing" for name in sorted(places.keys() - said.keys())]
+    for name in sorted(said.keys() & places.keys()):
+        if said[name].shape != tuple(places[name].shape):
+            problems.append(f"{name} is {said[name].shape}, the model has {tuple(places[name].shape)}")
+        elif said[name].dtype not in FLOATS:
+            problems.append(f"{name} has dtype {said[name].dtype}; only {', '.join(FLOATS)} are read")
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
-    with torch.no_grad():
+    with torch.no_grad(), open_tensors(path) as file:
         for name, place in places.items():
-            place.copy_(saved[name])
+            place.copy_(file.get_tensor(name))
+            if not place.isfinite().all():
+                raise UserError(f"{path}: {name} holds values that are no numbers (NaN or infinity)")
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
@@ -117,7 +115,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
     """What adapter an adapter folder holds, and on which base. Raises UserError for kinds that are not run here."""
-    path = folder / CONFIG
+    path = inside(folder, CONFIG)
     values = read_json(path)
     variant = next((name for name, kind in ADAPTERS.items() if says(values, kind.PEFT_CONFIG)), "lora")
     said = PLAIN | ADAPTERS[variant].PEFT_CONFIG
@@ -131,19 +129,31 @@ def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets) or not targets:
         raise UserError(f"{path}: target_modules must be a list of module names, here it is {targets!r}")
     r, alpha, base = values.get("r"), values.get("lora_alpha"), values.get("base_model_name_or_path")
+    revision = values.get("revision") or ""
     if (
         type(r) is not int
-        or r < 1
+        or not 0 < r <= HIGHEST_RANK
         or isinstance(alpha, bool)
         or not isinstance(alpha, int | float)
         or not 0 < alpha < 1e9
     ):
-        raise UserError(f"{path}: r is {r!r} and lora_alpha {alpha!r}; both must be positive numbers")
+        raise UserError(
+            f"{path}: r is {r!r} and lora_alpha {alpha!r}; both must be positive numbers, and r at most {HIGHEST_RANK}"
+        )
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: base_model_name_or_path is missing, so the base of this adapter is unknown")
+    if not isinstance(revision, str):
+        raise UserError(f"{path}: revision is {revision!r} where a branch, tag or commit is needed")
+    if unknown := sorted({last_name(target) for target in targets} - {*LINEARS, "lm_head"}):
+        raise UserError(
+            f"{path}: target_modules names {', '.join(unknown)[:200]}, which no linear of a Llama is called"
+        )
+    for name, entry in read_header(inside(folder, WEIGHTS)).items():  # before anything takes memory for this rank
+        if name.endswith(".lora_A.weight") and entry.shape[:1] != (r,):
+            raise UserError(f"{path} says r = {r}, but {name} in {WEIGHTS} is {entry.shape}")
     names = tuple(sorted({last_name(target) for target in targets}))
     lora = LoRAConfig(variant=variant, r=r, alpha=alpha, dropout=0.0, target_modules=names)
-    return lora, ModelConfig(path=base, revision=values.get("revision") or "")
+    return lora, ModelConfig(path=base, revision=revision)
 
 
 def says(values: dict[str, Any], variant: dict[str, object]) -> bool:

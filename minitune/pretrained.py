@@ -4,6 +4,7 @@ Only what can be run exactly is accepted; everything else is refused by name.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from minitune import files, parallel, sharding
+from minitune import digests, parallel, sharding
 from minitune.errors import UserError
+from minitune.foreign import inside, read_bytes, read_json
 from minitune.model import Llama, LlamaConfig, RopeScaling
 from minitune.nf4 import NF4Linear
 from minitune.precision import DTYPES
-from minitune.shards import COMPANIONS, Shards, weight_files
+from minitune.shards import COMPANIONS, LARGEST_COMPANION, Shards, headers, weight_files
 
+WIDEST, DEEPEST, LARGEST_VOCABULARY = 2**20, 1000, 2**24  # beyond any model, and short of what cannot be counted
 TINY = Path(__file__).parent / "tiny"
-WHOLE, SAMPLES, SAMPLE_BYTES = 500_000_000, 1024, 65536  # how a fingerprint reads a weight file
 
 
 def load(folder: str | Path, dtype: str = "float32", device: str | torch.device = "cpu") -> Llama:
@@ -28,6 +30,7 @@ def load(folder: str | Path, dtype: str = "float32", device: str | torch.device 
     folder = find(str(folder))
     with torch.device("meta"):
         model = Llama(read_config(folder))
+    check_weights(model, folder)
     model.to(DTYPES[dtype]).requires_grad_(False)
     parallel.materialize(model.modules(), torch.device(device))
     load_base(model, folder)
@@ -39,9 +42,9 @@ def find(path: str, revision: str = "", weights: bool = True) -> Path:
     and, if `weights` are wanted, safetensors)."""
     if path == "tiny":
         return TINY
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return Path(path)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1 or Path(path).exists():
+    if path.startswith((".", "/", "~")) or path.count("/") != 1 or os.path.exists(path):
         raise UserError(f"model.path: there is no folder {path}, and it is no Hub id (owner/name) either")
 
     from huggingface_hub import errors, snapshot_download
@@ -63,24 +66,24 @@ def find(path: str, revision: str = "", weights: bool = True) -> Path:
 def read_config(folder: Path) -> LlamaConfig:
     """config.json as what it computes, in either spelling of transformers (4: rope_theta and rope_scaling, 5:
     rope_parameters). Raises one UserError with everything that cannot be run exactly."""
-    path = folder / "config.json"
-    values = files.read_json(path)
+    path = inside(folder, "config.json")
+    values = read_json(path)
     problems = []
 
-    def whole(key: str, default: int | None = None, most: int = 2**31 - 1) -> int:
+    def whole(key: str, most: int, default: int | None = None) -> int:
         value = values.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
-            problems.append(f"{key} is {value!r} where a positive whole number is needed")
+            problems.append(f"{key} is {value!r} where a whole number from 1 to {most:,} is needed")
             return 1
         return value
 
     def number(key: str, default: float) -> float:
         value = values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-            problems.append(f"{key} is {value!r} where a positive number is needed")
-            return 1.0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+            problems.append(f"{key} is {value!r} where a number between 0 and 1 is needed")
+            return 1e-6
         return float(value)
 
     def truth(key: str) -> bool:
@@ -104,26 +107,26 @@ def read_config(folder: Path) -> LlamaConfig:
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         problems.append(f"layer_types = {layer_types!r} is not supported")
 
-    heads = whole("num_attention_heads")
-    hidden = whole("hidden_size")
-    kv_heads = whole("num_key_value_heads", heads)
+    heads = whole("num_attention_heads", WIDEST)
+    hidden = whole("hidden_size", WIDEST)
+    kv_heads = whole("num_key_value_heads", WIDEST, heads)
     if heads % kv_heads:
         problems.append(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     if values.get("head_dim") is None and hidden % heads:
         problems.append(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}, and there is no head_dim")
-    head_dim = whole("head_dim", hidden // heads)
+    head_dim = whole("head_dim", WIDEST, max(hidden // heads, 1))
     if head_dim % 2:
         problems.append(f"head_dim {head_dim} is odd")
     theta, scaling, rope_problems = read_rope(values)
     config = LlamaConfig(
-        vocab_size=whole("vocab_size"),
+        vocab_size=whole("vocab_size", LARGEST_VOCABULARY),
         hidden_size=hidden,
-        intermediate_size=whole("intermediate_size"),
-        num_hidden_layers=whole("num_hidden_layers", most=10_000),
+        intermediate_size=whole("intermediate_size", WIDEST),
+        num_hidden_layers=whole("num_hidden_layers", DEEPEST),
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=whole("max_position_embeddings", 2048),
+        max_position_embeddings=whole("max_position_embeddings", 2**31 - 1, 2048),
         rms_norm_eps=number("rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
@@ -194,9 +197,10 @@ def load_base(model: nn.Module, folder: Path) -> None:
     Raises:
         UserError: tensors missing, unexpected or of another shape, all listed; or a folder that cannot be trusted.
     """
+    check_weights(model, folder)
     leaves = base_leaves(model)
     with Shards(folder) as shards:
-        check_names_and_shapes(model, shards)
+        check_tied(model, shards)
         names = [name for name in shards.names() if name in leaves]
         for name in tqdm(names, desc="loading the base", unit=" tensors", disable=None, leave=False):
             module, attribute = leaves[name]
@@ -235,8 +239,9 @@ def base_leaves(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return leaves
 
 
-def check_names_and_shapes(model: Llama, shards: Shards) -> None:
-    """Raise one UserError with every tensor that is missing, unexpected, of another shape or of no float dtype."""
+def check_weights(model: Llama, folder: Path) -> None:
+    """Hold a model, which may still be without memory, to the headers of a folder's files: one UserError with every
+    tensor that is missing, unexpected, of another shape or of no float dtype."""
     shapes = {}
     for name, (module, attribute) in base_leaves(model).items():
         if isinstance(module, NF4Linear) and attribute == "weight":
@@ -244,27 +249,30 @@ def check_names_and_shapes(model: Llama, shards: Shards) -> None:
         else:
             shapes[name] = tuple(getattr(module, attribute).shape)
 
-    found = set(shards.names())
+    said = headers(folder)
+    found = set(said)
     ignored = {name for name in found if name.endswith(".rotary_emb.inv_freq")}  # tables that old exports carry
     tied = {"lm_head.weight"} & found if model.config.tie_word_embeddings else set()
     problems = [f"missing {name}" for name in shapes if name not in found]
     problems += [f"unexpected {name}" for name in sorted(found - shapes.keys() - ignored - tied)]
     for name in sorted(found & shapes.keys()):
-        shape, dtype = shards.shape_and_dtype(name)
-        if shape != shapes[name]:
-            problems.append(f"{name} is {shape}, config.json makes it {shapes[name]}")
-        elif dtype not in ("F32", "F16", "BF16"):
-            problems.append(f"{name} has dtype {dtype}; only F32, F16 and BF16 weights are read")
-    if (
-        not problems
-        and tied
-        and not torch.equal(shards.tensor("lm_head.weight"), shards.tensor("model.embed_tokens.weight"))
-    ):
-        problems.append("config.json ties lm_head to the embedding, yet the file holds another lm_head.weight")
+        if said[name].shape != shapes[name]:
+            problems.append(f"{name} is {said[name].shape}, config.json makes it {shapes[name]}")
+        elif said[name].dtype not in ("F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {said[name].dtype}; only F32, F16 and BF16 weights are read")
     if problems:
         shown = "\n  ".join(problems[:20])
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise UserError(f"{shards.folder} does not hold the model of its config.json:\n  {shown}{more}")
+        raise UserError(f"{folder} does not hold the model of its config.json:\n  {shown}{more}")
+
+
+def check_tied(model: Llama, shards: Shards) -> None:
+    """Refuse a file whose lm_head.weight is not the embedding that config.json says it is."""
+    tied = model.config.tie_word_embeddings and "lm_head.weight" in shards.names()
+    if tied and not torch.equal(shards.tensor("lm_head.weight"), shards.tensor("model.embed_tokens.weight")):
+        raise UserError(
+            f"{shards.folder}: config.json ties lm_head to the embedding, yet the file holds another lm_head.weight"
+        )
 
 
 def full_state(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -274,24 +282,12 @@ def full_state(model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tens
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    """Short digests of what a base is: of its config.json and weights, and of its tokenizer's files.
-
-    A weight file of over WHOLE bytes is read at SAMPLES places from end to end and not throughout (that would take
-    minutes at 70B): other training of the same model changes bytes everywhere.
-    """
-    weights = hashlib.sha256((folder / "config.json").read_bytes())
+    """Digests of what a base is: of its config.json and weights, every byte of them, and of its tokenizer's files."""
+    weights = hashlib.sha256(read_bytes(inside(folder, "config.json")))
     for path in weight_files(folder):
-        size = path.stat().st_size
-        weights.update(f"{path.name} {size} ".encode())
-        if size <= WHOLE:
-            weights.update(files.sha256(path).encode())
-            continue
-        with open(path, "rb") as file:
-            for piece in range(SAMPLES):
-                file.seek((size - SAMPLE_BYTES) * piece // (SAMPLES - 1))
-                weights.update(file.read(SAMPLE_BYTES))
+        weights.update(f"{path.name} {digests.sha256(path)}".encode())
     tokenizer = hashlib.sha256()
     for name in COMPANIONS:
         if name not in ("config.json", "generation_config.json") and (folder / name).exists():
-            tokenizer.update(name.encode() + (folder / name).read_bytes())
-    return {"the base model": weights.hexdigest()[:16], "the tokenizer": tokenizer.hexdigest()[:16]}
+            tokenizer.update(name.encode() + read_bytes(inside(folder, name), LARGEST_COMPANION))
+    return {"the base model": weights.hexdigest(), "the tokenizer": tokenizer.hexdigest()}

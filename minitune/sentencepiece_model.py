@@ -15,7 +15,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from minitune import tokenizer_bounds as bounds
 from minitune.errors import UserError
+from minitune.foreign import read_bytes
 
 NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # sentencepiece's numbers for the kinds of a piece
 SPACE = "▁"  # how pieces write a space
@@ -27,13 +29,15 @@ def read(path: Path) -> Any:
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
     try:
-        model = ModelProto.FromString(path.read_bytes())
+        model = ModelProto.FromString(read_bytes(path, bounds.SENTENCEPIECE))
     except DecodeError:
         model = ModelProto()
     if not model.pieces:
         raise UserError(f"{path} is not a sentencepiece model (tiktoken's file of that name is not supported)")
     if model.trainer_spec.model_type != model.trainer_spec.BPE:
         raise UserError(f"{path} is not a BPE model, the one kind of sentencepiece model that is supported")
+    if len(model.pieces) > bounds.TOKENS or sum(len(piece.piece) for piece in model.pieces) > bounds.SPLITS:
+        raise UserError(f"{path} holds more or longer pieces than any vocabulary has")
     return model
 
 

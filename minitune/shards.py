@@ -8,17 +8,19 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Self
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from minitune import files
 from minitune.errors import UserError
+from minitune.foreign import inside, read_json
+from minitune.header import NAME, Entry, open_tensors, read_header
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+LARGEST_COMPANION = 40_000_000  # bytes; the largest tokenizer.json in use has 33 million
 SHARD_BYTES = 5_000_000_000
 COMPANIONS = (  # what goes with the weights, byte for byte: rewriting these is a known source of silent damage
     "config.json",
@@ -47,10 +49,10 @@ class Shards:
         single = not self.file_of
         for path in weight_files(self.folder):
             try:
-                file = self.stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-            except (SafetensorError, OSError) as error:
+                file = self.stack.enter_context(open_tensors(path))
+            except UserError:
                 self.stack.close()
-                raise UserError(f"{path} is no whole safetensors file: {error}") from None
+                raise
             self.open_files[path.name] = file
             if single:
                 self.file_of |= dict.fromkeys(file.keys(), path.name)
@@ -76,15 +78,15 @@ class Shards:
         """Some rows of a tensor; the others are not read."""
         return self.open_files[self.file_of[name]].get_slice(name)[rows]
 
-    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
-        """From the file's header; the tensor itself is not read."""
-        piece = self.open_files[self.file_of[name]].get_slice(name)
-        return tuple(piece.get_shape()), piece.get_dtype()
-
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that hold the weights of a folder, checked to lie in it, none of them opened."""
     return [inside(folder, name) for name in sorted(set(shard_names(folder).values()) or {SINGLE})]
+
+
+def headers(folder: Path) -> dict[str, Entry]:
+    """Tensor -> what the headers of a folder's files say of it; no tensor is read."""
+    return {name: entry for path in weight_files(folder) for name, entry in read_header(path).items()}
 
 
 def shard_names(folder: Path) -> dict[str, str]:
@@ -99,33 +101,17 @@ def shard_names(folder: Path) -> dict[str, str]:
                 f"minitune opens safetensors alone: take a revision of the model that has {SINGLE}, or convert it"
             )
         raise UserError(f"{folder} holds no weights: neither {SINGLE} nor {INDEX}")
-    weight_map = files.read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(inside(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{folder / INDEX}: weight_map must be an object from tensor to file")
-    for name in set(map(repr, weight_map.values())):  # each distinct name once; repr, since any JSON may stand there
-        inside(folder, next(value for value in weight_map.values() if repr(value) == name))
+    for tensor, name in weight_map.items():
+        if not NAME.fullmatch(tensor):
+            raise UserError(f"{folder / INDEX}: {tensor[:100]!r} is no name of a tensor")
+        if not isinstance(name, str):
+            inside(folder, name)  # raises
+    for name in sorted(set(weight_map.values())):
+        inside(folder, name)
     return weight_map
-
-
-def inside(folder: Path, name: object) -> Path:
-    """The file `name` of `folder`. Raises UserError, before opening anything, if it would lie elsewhere."""
-    plain = isinstance(name, str) and name and not {"/", "\\", "\0"} & set(name) and PurePosixPath(name).name == name
-    if not plain or name in (".", ".."):
-        raise UserError(f"{folder}: {name!r} is no plain file name, and shards may not lie outside the folder")
-    path = folder / name
-    try:
-        target = path.resolve()
-        is_file = target.is_file()
-    except (OSError, ValueError, RuntimeError):  # a name too long, one that is no text, links in a circle
-        raise UserError(f"{folder}: {name[:100]!r} cannot be the name of a file") from None
-    roots = [folder.resolve()]
-    if folder.resolve().parent.name == "snapshots":  # the Hub's cache links its snapshots to blobs beside them
-        roots.append(folder.resolve().parent.parent / "blobs")
-    if not any(target.is_relative_to(root) for root in roots):
-        raise UserError(f"{path} is a link that leaves the folder; shards may not lie outside it")
-    if not is_file:
-        raise UserError(f"{path} is missing")
-    return path
 
 
 def save(folder: Path, tensors: Iterable[tuple[str, Tensor]], like: Path) -> None:

@@ -15,8 +15,10 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Engine
 
 from minitune import sentencepiece_model
+from minitune import tokenizer_bounds as bounds
 from minitune.errors import UserError
-from minitune.files import read_json
+from minitune.foreign import inside, read_json, read_text
+from minitune.shards import LARGEST_COMPANION
 
 CONFIG = "tokenizer_config.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -42,18 +44,27 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, with no bos or eos around it. A special token written in the text becomes its id."""
-        return self.engine.encode(text, add_special_tokens=False).ids
+        return ids_by(self.engine, text)
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of a text that goes on after another: without the space that some tokenizers put at a beginning.
 
         `decode(ids + encode_continuation(text))` is `decode(ids) + text`, where ids decode to some text.
         """
-        return self.continuation.encode(text, add_special_tokens=False).ids
+        return ids_by(self.continuation, text)
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """The text of ids, its spaces left alone; special tokens are left out unless `skip_special` is False."""
         return self.engine.decode(ids, skip_special_tokens=skip_special)
+
+
+def ids_by(engine: Engine, text: str) -> list[int]:
+    try:
+        return engine.encode(text, add_special_tokens=False).ids
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # what the library raises where its regular expressions give up
+            raise
+        raise UserError(f"the tokenizer's pattern gives up on a text of {len(text):,} characters: {error}") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -64,7 +75,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises UserError where both files are missing, one does not parse, or no eos can be found.
     """
     config = read_tokenizer_config(folder)
-    model, generation = read_object(folder / "config.json"), read_object(folder / "generation_config.json")
+    model, generation = read_object(folder, "config.json"), read_object(folder, "generation_config.json")
     llama = (config.get("tokenizer_class") or model.get("tokenizer_class")) in LLAMA_CLASSES
     vocabulary = read_vocabulary(folder, config, llama)
 
@@ -120,11 +131,11 @@ def puts_bos(engine: Engine, bos_id: int, config: dict[str, Any], vocabulary: "V
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; in a folder older than its key added_tokens_decoder, with the two files that came before:
     special_tokens_map.json, which wins, and added_tokens.json."""
-    config = read_object(folder / CONFIG)
+    config = read_object(folder, CONFIG)
     if "added_tokens_decoder" in config:
         return config
-    config |= read_object(folder / "special_tokens_map.json")
-    texts = read_object(folder / "added_tokens.json")
+    config |= read_object(folder, "special_tokens_map.json")
+    texts = read_object(folder, "added_tokens.json")
     special = [text_of(value, folder) for value in [*named_tokens(config, folder).values(), *extra_tokens(config)]]
     flags = {id: {"content": text, "special": text in special} for text, id in texts.items()}
     return config | {"added_tokens_decoder": flags}
@@ -146,8 +157,9 @@ def extra_tokens(config: dict[str, Any]) -> list[Any]:
 def text_of(token: Any, folder: Path) -> str:
     """The text of a token, which the files write as a string or as an object with its "content"."""
     text = token.get("content") if isinstance(token, dict) else token
-    if not isinstance(text, str):
-        raise UserError(f"{folder}: {CONFIG} or special_tokens_map.json holds {token!r} where a token's text should be")
+    if not bounds.is_text(text):
+        holds = f"holds {bounds.shown(token)} where a token's text should be"
+        raise UserError(f"{folder}: {CONFIG} or special_tokens_map.json {holds}")
     return text
 
 
@@ -162,7 +174,7 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja; else the template in tokenizer_config.json, of several the one named "default"."""
     path = folder / "chat_template.jinja"
     if path.exists():
-        return read_text(path)
+        return read_text(inside(folder, path.name))
     template = config.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
@@ -172,16 +184,10 @@ def read_chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     return template
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file."""
-    return read_json(path) if path.exists() else {}
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read as UTF-8 text: {error}") from None
+def read_object(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a folder; an empty one where there is no such file."""
+    path = folder / name
+    return read_json(inside(folder, name), LARGEST_COMPANION) if path.exists() or path.is_symlink() else {}
 
 
 # -- the vocabulary
@@ -200,10 +206,10 @@ class Vocabulary:
 
 def read_vocabulary(folder: Path, config: dict[str, Any], llama: bool) -> Vocabulary:
     if (path := folder / "tokenizer.json").exists():
-        vocabulary = Vocabulary(path, read_object(path), {}, [])
+        vocabulary = Vocabulary(path, read_object(folder, path.name), {}, [])
         return as_llama(vocabulary, config) if llama else vocabulary
     if (path := folder / "tokenizer.model").exists():
-        model = sentencepiece_model.read(path)
+        model = sentencepiece_model.read(inside(folder, path.name))
         if llama:
             symbols = sentencepiece_model.symbols(model, user_defined=True)
             return as_llama(Vocabulary(path, sentencepiece_model.bare_state(model), {}, symbols), config)
@@ -267,6 +273,8 @@ def tokens_to_add(
         if token.content not in known:
             tokens.append(token)
             known.add(token.content)
+    if len(tokens) > bounds.ADDED:
+        raise UserError(f"{folder / CONFIG} adds {len(tokens):,} tokens; {bounds.ADDED:,} are the most")
     for token in tokens:
         token.special = token.special or token.content in names.values()
     return tokens
@@ -284,6 +292,8 @@ def added_tokens_decoder(config: dict[str, Any], folder: Path, as_written: bool 
 
 def added_token(token: Any, folder: Path, **more_flags: bool) -> AddedToken:
     flags = {flag: token[flag] for flag in FLAGS if flag in token} if isinstance(token, dict) else {"special": True}
+    if not all(isinstance(value, bool) for value in flags.values()):
+        raise UserError(f"{folder}: the flags of the token {bounds.shown(token)} must be true or false")
     return AddedToken(text_of(token, folder), **flags | more_flags)
 
 
@@ -309,10 +319,14 @@ def strip_prefix(part: Any) -> Any:
 
 
 def build(state: dict[str, Any], path: Path) -> Engine:
+    bounds.check(state, path)
     try:
         engine = Engine.from_str(json.dumps(state))
-    except Exception as error:  # the library raises nothing more exact
-        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {error}") from None
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing more exact, and where it panics, no Exception
+        why = bounds.shown(str(error))
+        raise UserError(f"{path} is not a tokenizer that the tokenizers library can read: {why}") from None
     engine.no_truncation()
     engine.no_padding()
     return engine

@@ -31,6 +31,7 @@ from minitune.errors import Interrupted, RunFailed, UserError
 from minitune.log import NoLog, RunLog, Speed, count, say, versions
 from minitune.model import Llama
 from minitune.precision import DTYPES
+from minitune.preview.documents import glance
 from minitune.progress import Progress
 from minitune.samples import Samples, check_samples_fit
 from minitune.saver import Saver
@@ -124,6 +125,8 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     say(first_line(task, made_of))
     for warning in data.warnings:
         say(f"warning: {warning}")
+    for line in glance(data, task.tokenizer):
+        say(line)
     build.fill(model, cfg, task.base, task.device)
     optimizer, optimizer_line = optim.make_optimizer(model, cfg.optim)
     if optimizer_line != cfg.optim.name:

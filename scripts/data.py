@@ -10,6 +10,7 @@ Of the model it needs the tokenizer files alone. NO_COLOR and FORCE_COLOR are he
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -46,9 +47,11 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(about.pop("counts") | {"preview": about}))
         return
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
-    print(text(seen, in_colour(sys.stdout)), end="")
-    if options.html:
-        print(f"\nThe page is in {options.html}")
+    end = f"\nThe page is in {options.html}\n" if options.html else ""
+    try:
+        print(text(seen, in_colour(sys.stdout)) + end, end="", flush=True)
+    except BrokenPipeError:  # whoever reads has seen enough, as `| head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

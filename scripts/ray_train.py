@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from minitune import errors
+from minitune import errors, files
 from minitune.config import load_config
 from minitune.errors import RunFailed, UserError
 
@@ -57,9 +57,11 @@ def fit(arguments: list[str], workers: int, out: Path, timeout_seconds: int, job
             f"--num-workers: {workers} is more than the cluster has ({gpus} GPUs, {has.get('CPU', 0):g} CPUs)"
         )
     place = out.resolve()
+    ending = Path(f"{place}.ray", "ending.json")
+    ending.unlink(missing_ok=True)
     trainer = TorchTrainer(
         job or work,
-        train_loop_config={"arguments": arguments, "folder": os.getcwd()},
+        train_loop_config={"arguments": arguments, "folder": os.getcwd(), "ending": str(ending)},
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo", timeout_s=timeout_seconds + 10),
         run_config=RunConfig(
@@ -67,18 +69,16 @@ def fit(arguments: list[str], workers: int, out: Path, timeout_seconds: int, job
         ),
     )
     result = trainer.fit()
-    told = result.metrics or {}
+    if result.error is not None or not ending.exists():
+        raise RunFailed(f"workers died more than {RESTARTS} times; run it again to go on from the newest checkpoint")
+    told = files.read_json(ending)
     if "wrong" in told:
         raise UserError(told["wrong"])
-    if result.error is not None:
-        raise RunFailed(f"workers died more than {RESTARTS} times; run it again to go on from the newest checkpoint")
     print(f"{told['finish_reason']} after step {told['step']}; the run is in {out}")
 
 
 def work(task: dict[str, Any]) -> None:
     """What each worker does. Ray Train has set up its process group."""
-    from ray import train as ray_train
-
     from minitune.train import train
 
     os.chdir(task["folder"])
@@ -87,7 +87,8 @@ def work(task: dict[str, Any]) -> None:
         told = {key: facts[key] for key in ("finish_reason", "step")}
     except UserError as error:  # no new start would mend it
         told = {"wrong": str(error)}
-    ray_train.report(told)
+    if os.environ["RANK"] == "0" or "wrong" in told:
+        files.write_json(Path(task["ending"]), told)
 
 
 if __name__ == "__main__":

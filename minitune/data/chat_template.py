@@ -1,24 +1,15 @@
-"""A tokenizer's own chat template: a Jinja program out of a model folder, run in a sandbox as transformers runs it."""
+"""A conversation in its tokenizer's own chat template, as transformers writes it."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.meta
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from minitune.data.examples import Chat, Example, Turn
 from minitune.data.readers import RowError
+from minitune.data.sandbox import MARKS, ChatTemplate, short
 from minitune.errors import UserError
 from minitune.tokenizer import Tokenizer
-
-MARKS = {"generation_opens": "\0<", "generation_closes": "\0>"}  # no text of a row holds a NUL
 
 
 class View(NamedTuple):
@@ -86,16 +77,9 @@ def marks_answers(source: str) -> bool:
     return "generation_opens" in reads(source)
 
 
-@lru_cache(maxsize=8)
 def reads(source: str) -> frozenset[str]:
     """The names that a chat template speaks of: variables, attributes, keys."""
-    tree = compiled(source).environment.parse(source)
-    attributes = (node.attr for node in tree.find_all(nodes.Getattr))
-    keys = (node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str))
-    return frozenset([*jinja2.meta.find_undeclared_variables(tree), *attributes, *keys])
-
-
-# ---- the one place where a template runs ---------------------------------------------------------------------------
+    return compiled(source).names
 
 
 def render(source: str, variables: Mapping[str, Any], views: Sequence[View]) -> list[str]:
@@ -103,8 +87,10 @@ def render(source: str, variables: Mapping[str, Any], views: Sequence[View]) -> 
     template = compiled(source)
     try:
         return [template.render(**variables_of(view, variables)) for view in views]
+    except UserError:
+        raise
     except Exception as error:  # a template is a program of its own, and may raise anything
-        raise RowError(f"the tokenizer's chat template refuses it: {error}") from None
+        raise RowError(f"the tokenizer's chat template refuses it: {short(str(error))}") from None
 
 
 def variables_of(view: View, variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,42 +99,5 @@ def variables_of(view: View, variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=8)
-def compiled(source: str) -> jinja2.Template:
-    """A chat template in a sandbox, with what transformers offers to templates."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise UserError(f"the tokenizer's chat template has an error in line {error.lineno}: {error.message}") from None
-
-
-class GenerationTag(Extension):
-    """{% generation %} ... {% endgeneration %}: what is inside, between MARKS where a view asks for them."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        inside = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        opens, closes = (nodes.Output([nodes.Name(name, "load")], lineno=line) for name in MARKS)
-        return nodes.Scope([opens, *inside, closes], lineno=line)
-
-
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter would escape for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+def compiled(source: str) -> ChatTemplate:
+    return ChatTemplate(source)

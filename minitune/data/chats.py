@@ -10,10 +10,11 @@ import json
 import re
 from functools import lru_cache
 
-from minitune.data.chat_template import MARKS, View, marks_answers, named, rendered, to_json
+from minitune.data.chat_template import View, marks_answers, named, rendered
 from minitune.data.encoding import Answer, Script
 from minitune.data.examples import Chat, Turn
 from minitune.data.readers import RowError
+from minitune.data.sandbox import MARKS, to_json
 from minitune.tokenizer import Tokenizer
 
 OPENS, CLOSES = MARKS.values()

@@ -27,11 +27,13 @@ def method_of(index: int) -> str:
 def kill_at_random(case: Case, once_saved: bool = False, mutant: tuple[Plant, ...] = (), method: str = "") -> None:
     """kill -9 at a random moment of the run; a fifth of the runs is killed twice, and of these a fifth thrice.
 
+    The tokenised data is made anew for it, so that it may also be killed in the making.
     `once_saved`: as soon as there is a checkpoint, for the control.
     """
     method = method or method_of(case.index)
+    own_cache = (f"data.cache={case.folder / 'cache'}",)
     while True:
-        run = case.world.start(case.run, method, witness(case), *mutant)
+        run = case.world.start(case.run, method, witness(case), *mutant, overrides=own_cache)
         if once_saved:
             while not valid(case.run) and not run.over():
                 time.sleep(0.005)
@@ -44,7 +46,7 @@ def kill_at_random(case: Case, once_saved: bool = False, mutant: tuple[Plant, ..
         must_have_kept(case)
         if case.draw.random() < 0.8:
             break
-    must_go_on(case, method, *mutant)
+    must_go_on(case, method, *mutant, overrides=own_cache)
 
 
 def kill_inside_a_save(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
@@ -104,7 +106,7 @@ def cut_power(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
 
 
 def start_over(case: Case) -> None:
-    shutil.rmtree(case.run)
+    shutil.rmtree(case.run, ignore_errors=True)
     (case.folder / "saved").unlink()
 
 
@@ -125,9 +127,9 @@ def must_have_kept(case: Case) -> None:
         must(valid(case.run), "no valid checkpoint is left, though there had been one")
 
 
-def must_go_on(case: Case, method: str, *mutant: Plant) -> None:
+def must_go_on(case: Case, method: str, *mutant: Plant, overrides: tuple[str, ...] = ()) -> None:
     """The run, started again, ends as the straight one, and leaves nothing half-made behind."""
-    must_end_well(case.world.run(case.run, method, *mutant))
+    must_end_well(case.world.run(case.run, method, *mutant, overrides=overrides))
     must_equal(case.run, case.world.straight[method])
     must(not (left := litter(case.run)), f"left behind: {', '.join(left)}")
 

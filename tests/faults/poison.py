@@ -21,7 +21,7 @@ KINDS = [
     (where, value, micro)
     for where in ("loss", "gradient")
     for value in (float("nan"), float("inf"), -float("inf"))
-    for micro in (0, 1)
+    for micro in (0, -1)
 ]
 
 
@@ -69,7 +69,7 @@ def poisoned(case: Case, steps: list[int], where: str, value: float, micro: int)
             if step + 1 not in steps:
                 return real(model, optimizer, batches, cfg, step, *more)
             before = state(model, optimizer)
-            clean = spoil(model, where, value, micro)
+            clean = spoil(model, where, value, micro % len(batches))
             try:
                 return real(model, optimizer, batches, cfg, step, *more)
             finally:

@@ -30,8 +30,9 @@ path = "{base}"
 dtype = "float32"
 [data]
 train = ["{rows}"]
+cache = "{cache}"
 eval_fraction = 0.2
-max_seq_len = 64
+max_seq_len = 80
 [lora]
 r = 4
 alpha = 12
@@ -80,7 +81,7 @@ def make_world(folder: Path) -> World:
     """Make model, rows, recipe and the straight runs: the first as a person starts it, the others forked."""
     make_base(folder / "base")
     make_rows(folder / "rows.jsonl")
-    recipe = RECIPE.format(base=folder / "base", rows=folder / "rows.jsonl", steps=STEPS)
+    recipe = RECIPE.format(base=folder / "base", rows=folder / "rows.jsonl", cache=folder / "cache", steps=STEPS)
     (folder / "recipe.toml").write_text(recipe)
     world = World(folder, {}, {}, {}, {})
     command = [sys.executable, str(forked.TRAIN), *world.arguments(folder / "cold", "lora")]

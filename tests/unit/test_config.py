@@ -440,7 +440,7 @@ def test_a_file_that_is_no_toml(refusal, tmp_path, recipe, complaint):
 
 def test_a_missing_file_and_the_rest(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"(?s)2 problems in .*nope.toml and .*No such file.*lora.r: must be"
+        ConfigError, match=r"(?s)2 problems in .*nope.toml and .*nope.toml is missing.*lora.r: must be"
     ) as caught:
         load_config([str(tmp_path / "nope.toml"), "lora.r=0", "eval.samples=5", "data.eval_fraction=0"])
     assert "held out" not in str(caught.value)  # the file might have said data.eval

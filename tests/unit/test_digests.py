@@ -1,5 +1,6 @@
-"""sha256 of large files, remembered: only as long as the file is certain to be the same."""
+"""Digests of large files are remembered, and a remembered one is believed only where it must still be true."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -8,42 +9,107 @@ import pytest
 from minitune import digests, files
 
 
-def test_a_large_file_is_digested_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """The files that were read from end to end; every file is large, and old enough to be remembered."""
+    paths: list[Path] = []
+    plain = files.sha256
+    monkeypatch.setattr(files, "sha256", lambda path: (paths.append(path), plain(path))[1])
+    monkeypatch.setattr(digests, "SMALL", 0)
+    monkeypatch.setattr(digests, "TICK", -1.0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "SMALL", 10)
-    monkeypatch.setattr(digests, "TICK", 0.0)
-    read, real = [], files.sha256
-    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or real(path))
-    large = tmp_path / "large"
-    large.write_bytes(b"a" * 100)
-    assert digests.sha256(large) == digests.sha256(large) == real(large) and len(read) == 1
-    times = large.stat()
-    large.write_bytes(b"b" * 100)
-    os.utime(large, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
-    assert digests.sha256(large) == real(large) and len(read) == 2
-    copy = tmp_path / "copy"
-    copy.write_bytes(b"c" * 100)
-    os.replace(copy, large)
-    assert digests.sha256(large) == real(large) and len(read) == 3
-    for remembered in (tmp_path / "cache").rglob("*"):
-        if remembered.is_file():
-            remembered.write_text("no digest")
-    assert digests.sha256(large) == real(large)
-    monkeypatch.setattr(digests, "TICK", 3600.0)  # what has changed just now is not remembered
-    large.write_bytes(b"d" * 100)
-    count = len(read)
-    assert digests.sha256(large) == digests.sha256(large) == real(large) and len(read) == count + 2
+    return paths
 
 
-def test_what_others_can_write_to_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "SMALL", 10)
-    monkeypatch.setattr(digests, "TICK", 0.0)
-    large = tmp_path / "large"
-    large.write_bytes(b"a" * 100)
-    right = digests.sha256(large)
-    [remembered] = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    return path
+
+
+def true(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_file_is_read_once(read, large):
+    assert digests.sha256(large) == digests.sha256(large) == true(large)
+    assert read == [large]
+
+
+def test_changed_bytes_are_noticed_though_size_and_time_are_put_back(read, large):
+    digests.sha256(large)
+    before = os.stat(large)
+    large.write_bytes(b"Weights")
+    os.utime(large, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert os.stat(large).st_mtime_ns == before.st_mtime_ns
+    assert digests.sha256(large) == true(large)
+    assert read == [large, large]
+
+
+def test_another_file_under_the_name_is_noticed(read, large, tmp_path):
+    digests.sha256(large)
+    other = tmp_path / "other"
+    other.write_bytes(b"Weights")
+    os.replace(other, large)
+    assert digests.sha256(large) == true(large)
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(read, large, monkeypatch):
+    monkeypatch.setattr(digests, "TICK", 3.0)
+    digests.sha256(large)
+    digests.sha256(large)
+    assert read == [large, large]
+
+
+def test_small_files_are_always_read(read, large, monkeypatch):
+    monkeypatch.setattr(digests, "SMALL", 100)
+    digests.sha256(large)
+    digests.sha256(large)
+    assert read == [large, large]
+
+
+def lie(large: Path) -> Path:
+    """A digest in the cache that is not the file's."""
+    digests.sha256(large)
+    [remembered] = digests.folder().iterdir()
     remembered.write_text("0" * 64)
-    assert digests.sha256(large) == "0" * 64  # it is what is looked at
-    remembered.parent.chmod(0o777)
-    assert digests.sha256(large) == right == files.sha256(large)
+    return remembered
+
+
+def test_what_others_could_have_written_is_not_believed(read, large):
+    lie(large)
+    assert digests.sha256(large) == "0" * 64  # the lie is one where it is believed: this user's own folder
+    for mode in (0o770, 0o707, 0o777):
+        os.chmod(digests.folder(), mode)
+        assert digests.sha256(large) == true(large)
+        lie(large)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+def test_another_users_cache_is_not_believed(read, large):
+    lie(large)
+    os.chown(digests.folder(), 65534, 65534)
+    assert digests.sha256(large) == true(large)
+
+
+@pytest.mark.parametrize("place", ["fifo", "folder", "link", "short", "long"])
+def test_what_is_no_digest_is_not_believed(read, large, place, tmp_path):
+    remembered = lie(large)
+    remembered.unlink()
+    if place == "fifo":
+        os.mkfifo(remembered)
+    elif place == "folder":
+        remembered.mkdir()
+    elif place == "link":
+        (tmp_path / "elsewhere").write_text("0" * 64)
+        remembered.symlink_to(tmp_path / "elsewhere")
+    else:
+        remembered.write_text("0" * {"short": 10, "long": 1000}[place])
+    assert digests.sha256(large) == true(large)
+
+
+def test_a_home_that_cannot_be_written_to_costs_time_alone(read, large, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert digests.sha256(large) == digests.sha256(large) == true(large)
+    assert read == [large, large]

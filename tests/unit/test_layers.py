@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[2]
 
 # From the ground up. A file imports from floors below its own, or from its own as long as no circle arises.
 FLOORS = [
-    ["__init__", "errors", "files", "seeds", "rules", "config", "progress", "digests"],
+    ["__init__", "errors", "secrets", "foreign", "files", "digests", "seeds", "rules", "config", "progress"],
     ["launch", "watch"],
-    ["kernels", "surgery", "attention", "loss", "sentencepiece_model", "tokenizer", "log", "model", "shards"],
+    ["kernels", "surgery", "attention", "loss", "log", "model"],
+    ["header", "shards", "tokenizer_bounds", "sentencepiece_model", "tokenizer"],
     ["signals", "lock", "trouble"],
     ["nf4", "precision", "masters", "optim", "offload", "parallel", "data", "sharding"],
     ["adapters"],

@@ -1,0 +1,154 @@
+"""What a rank of many holds and computes, on one GPU: the other ranks are not there, and what they would send is void.
+
+    python benchmarks/ranks.py --out benchmarks/results/GPU-DATE-ranks.json [--case CASE ...]
+    torchrun --nproc-per-node 8 benchmarks/ranks.py --real --out ...          # the same cases on 8 GPUs, over NCCL
+
+Memory and compute are those of a rank: the model is spread, gathered, computed and its gradients reduced as always, but
+a fake process group returns at once and moves nothing. So losses mean nothing here, and nothing is seen of bandwidth,
+nor of how far it hides behind compute: only `--real` on as many GPUs shows these. Weights are unset (zeros).
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import shapes
+import torch
+import torch.distributed as dist
+
+from minitune import adapters, build, files, log, optim, parallel, sharding
+from minitune.config import load_config
+from minitune.data.packing import Batch, Corpus, collate
+from minitune.step import take_step
+
+CASES: dict[str, tuple[str, int, list[str]]] = {  # size, ranks, what the recipe says besides
+    "70b-qlora-full-8": ("70b", 8, ["method=qlora", "parallel.sharding=full"]),
+    "70b-qlora-full-64": ("70b", 64, ["method=qlora", "parallel.sharding=full"]),
+    "70b-lora-full-2": ("70b", 2, ["method=lora", "parallel.sharding=full", "train.gradient_checkpointing=full"]),
+    "70b-lora-full-8": ("70b", 8, ["method=lora", "parallel.sharding=full"]),
+    "70b-lora-full-64": ("70b", 64, ["method=lora", "parallel.sharding=full"]),
+    "70b-full-full-16": ("70b", 16, ["method=full", "parallel.sharding=full", "optim.name=paged_adamw_32bit"]),
+    "8b-qlora-replicate-8": ("8b", 8, ["method=qlora", "parallel.sharding=replicate"]),
+    "8b-lora-replicate-8": ("8b", 8, ["method=lora", "parallel.sharding=replicate"]),
+    "tiny-qlora-full-8": ("tiny", 8, ["method=qlora", "parallel.sharding=full", "model.dtype=float32"]),
+    "tiny-full-full-64": ("tiny", 64, ["method=full", "parallel.sharding=full", "model.dtype=float32"]),
+    "tiny-lora-replicate-8": ("tiny", 8, ["method=lora", "parallel.sharding=replicate", "model.dtype=float32"]),
+}
+
+
+def measure(name: str, tokens: int, steps: int, real: bool) -> dict[str, Any]:
+    """Build and step a case; what a row of the results holds."""
+    size, ranks, keys = CASES[name]
+    with tempfile.TemporaryDirectory() as folder:
+        shapes.write_model(Path(folder, "model"), size, weights=False)
+        recipe = Path(folder, "recipe.toml")
+        recipe.write_text("")
+        common = [f"model.path={folder}/model", f"data.max_seq_len={tokens}", "train.batch_size=1"]
+        cfg = load_config([str(recipe), *common, "train.gradient_accumulation_steps=1", *keys])
+        cfg = replace(cfg, lora=replace(cfg.lora, dropout=0.0))
+        if not real:
+            pretend(ranks)
+        device = (
+            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+        )
+        try:
+            model, made_of = build.compose(cfg, Path(folder, "model"), device)
+            zeros(model, device)
+            adapters.reset(model, cfg.seed)
+            optimizer, _ = optim.make_optimizer(model, replace(cfg.optim, learning_rate=1e-5))
+            batch = rows(tokens).to(device)
+            seconds = []
+            for step in range(steps):
+                since = time.perf_counter()
+                take_step(model, optimizer, [batch], cfg, step)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds.append(time.perf_counter() - since)
+            planned = float(made_of.rpartition("about ")[2].removesuffix(" GB"))
+            return {
+                "case": name,
+                "system": "minitune",
+                "method": cfg.method,
+                "ranks": parallel.world(),
+                "communication": "real" if real else "void",
+                "sharding": cfg.parallel.sharding,
+                "tokens_per_second": round(tokens / statistics.median(seconds[len(seconds) // 2 :]), 1),
+                "peak_allocated_gb": round(parallel.memory_gb(device), 2),
+                "planned_gb": planned,
+                "final_loss": None,
+                "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+                "versions": log.versions(),
+                "command": f"python benchmarks/ranks.py --case {name} --tokens {tokens} --steps {steps}",
+            }
+        finally:
+            if not real:
+                dist.destroy_process_group()
+
+
+def pretend(ranks: int) -> None:
+    """Be the first of so many ranks, of whom none else is there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    os.environ |= {"RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(min(ranks, 8))}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    parallel.each = lambda number: [int(number)] * ranks  # which would wait for what they say
+
+
+@torch.no_grad()
+def zeros(model: torch.nn.Module, device: torch.device) -> None:
+    """Memory for a model, as `build.fill` makes it, with nothing in it."""
+    for layer in model.layers:
+        parallel.materialize(layer.modules(), device)
+    inside = {id(module) for layer in model.layers for module in layer.modules()}
+    parallel.materialize((m for m in model.modules() if id(m) not in inside), device)
+    for parameter in model.parameters():
+        sharding.local(parameter).zero_()
+    if sharding.is_sharded(model):  # as `sharding.check` does, whose sums need the other ranks
+        with torch.compiler.set_stance("force_eager"):
+            model(torch.zeros(1, 1, dtype=torch.int64, device=device))
+
+
+def rows(tokens: int) -> Batch:
+    """One full row, all of it learned."""
+    return collate(Corpus.from_documents([([7] * tokens, [True] * tokens)]), [[0]], tokens, 0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--case", action="append", choices=CASES, help="all but the tiny ones, if none is named")
+    parser.add_argument("--tokens", type=int, default=2048, help="in the one row of a step")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--real", action="store_true", help="over as many GPUs as torchrun started processes for")
+    options = parser.parse_args()
+    cases = options.case or [name for name in CASES if not name.startswith("tiny")]
+
+    def run() -> None:
+        found = []
+        for name in cases:
+            if options.real and CASES[name][1] != parallel.world():
+                continue
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            found.append(measure(name, options.tokens, options.steps, options.real))
+            log.say(f"{name}: {found[-1]['peak_allocated_gb']} GB, planned {found[-1]['planned_gb']}")
+            if parallel.is_first():
+                files.write_text(options.out, json.dumps(found, indent=1) + "\n")
+
+    if options.real:
+        with parallel.processes(False, 600):
+            run()
+    else:
+        run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""What must not be shown or written down: tokens, keys and passwords, wherever a text came by them.
+
+`hidden` takes them out of a text. It stands where text leaves the program: `guard_streams` puts it around stdout and
+stderr, so that tracebacks, warnings and libraries' prints go through it too, and files.py around what is written.
+Secrets are the values of environment variables and settings that are named like one, whatever has the form of a
+well-known kind of token, and passwords in URLs.
+"""
+
+import base64
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+from urllib.parse import quote, quote_plus
+
+HIDDEN = "[hidden]"
+SHORTEST = 6  # characters: a shorter value stands in too many other words
+WORDS = (
+    *("token", "tokens", "key", "keys", "apikey", "secret", "secrets", "pass", "passwd", "password", "passwords"),
+    *("passphrase", "pw", "pwd", "pat", "auth", "authorization", "bearer", "cookie", "credential", "credentials"),
+    *("cred", "creds", "sig", "signature", "sas"),
+)
+ENDINGS = ("token", "apikey", "secret", "passwd", "password", "passphrase", "pass", "credentials")
+KNOWN_FORMS = re.compile(  # of Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google, JWT, HTTP
+    r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[oprsu]_[A-Za-z0-9]{16,}|github_pat_\w{20,}"
+    r"|glpat-[\w-]{16,}|xox[abps]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}[\w.-]*)"
+    r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
+)
+USER_IN_URL = re.compile(  # up to the last @: a password may hold a slash, where something is before a colon
+    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/:@'\"<>]*:[^\s'\"<>]*|[^\s/@'\"<>]+)@"
+)
+QUERY = re.compile(r"(?P<name>[?&;#](?:[\w.~-]|%[0-9A-Fa-f]{2})+=)(?P<value>[^\s&;#'\"<>]+)")
+BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+noted: set[str] = set()  # values of settings that are named like a secret
+
+
+def hidden(text: str) -> str:
+    """`text` with [hidden] in place of each secret."""
+    for value in sorted({*environment(), *noted}, key=len, reverse=True):
+        for form in forms(value):
+            if form in text:
+                text = text.replace(form, HIDDEN)
+    if "://" in text:
+        text = USER_IN_URL.sub(rf"\g<scheme>{HIDDEN}@", text)
+    if "=" in text:
+        text = QUERY.sub(lambda found: found["name"] + HIDDEN if is_name(found["name"]) else found[0], text)
+    if "PRIVATE KEY" in text:
+        text = BLOCK.sub(HIDDEN, text)
+    return KNOWN_FORMS.sub(HIDDEN, text)
+
+
+def hidden_in(value: Any) -> Any:
+    """A JSON value without secrets in its texts. The name of a file that is there is left alone: it is no secret, and
+    a run is known again by the names of its files."""
+    if isinstance(value, str):
+        clean = hidden(value)
+        return value if clean == value or is_file(value) else clean
+    if isinstance(value, dict):
+        return {hidden_in(key): hidden_in(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [hidden_in(inner) for inner in value]
+    return value
+
+
+def note(name: str, value: Any) -> None:
+    """Take a setting's value for a secret if its name says so."""
+    if isinstance(value, str) and len(value) >= SHORTEST and is_name(name):
+        noted.add(value)
+
+
+def note_arguments(arguments: Iterable[str]) -> None:
+    """Do so for what stands on a command line as `key=value`."""
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if equals and "://" not in name:
+            note(name, value.strip("'\""))
+
+
+def is_name(name: str) -> bool:
+    """Whether what has this name is a secret: HF_TOKEN, DATABASE_PASS, hub.apiKey, X-Amz-Signature."""
+    apart = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", name)
+    words = [word.rstrip("0123456789") for word in re.split(r"[^a-z0-9]+", apart.lower()) if word]
+    return any(word in WORDS or word.endswith(ENDINGS) for word in words)
+
+
+def environment() -> Iterator[str]:
+    for name, value in os.environ.items():
+        if name in ("PWD", "OLDPWD") or not is_name(name):
+            continue
+        for line in {value.strip(), *(line.strip() for line in value.splitlines())}:
+            if len(line) >= SHORTEST and not is_file(line):
+                yield line
+
+
+@lru_cache(maxsize=256)
+def forms(value: str) -> set[str]:
+    """A secret as it stands, and as it stands in a URL, in JSON, in a `repr`, or in base64."""
+    written = {value, quote(value, safe=""), quote(value), quote_plus(value)}
+    written |= {re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), form) for form in written}
+    written |= {json.dumps(value)[1:-1], repr(value)[1:-1]}
+    data = value.encode(errors="surrogateescape")
+    return written | {encode(data).decode().rstrip("=") for encode in (base64.b64encode, base64.urlsafe_b64encode)}
+
+
+def is_file(text: str) -> bool:
+    return os.path.exists(text)
+
+
+class Guarded:
+    """A stream that hides secrets in all that is written to it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.stream.write(printable(hidden(text)))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def printable(text: str) -> str:
+    """Without what moves a terminal's cursor or sets its title, the bar's own carriage return and colours aside; and
+    without halves of characters, which no encoding can write."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"\x1b(?!\[[0-9;]*[mAKBCD])|[\x00-\x07\x0e-\x1a\x1c-\x1f\x7f-\x9f]", "?", text)
+
+
+def guard_streams() -> None:
+    """From here on nothing that this process prints holds a secret."""
+    note_arguments(sys.argv[1:])
+    if not isinstance(sys.stdout, Guarded):
+        sys.stdout, sys.stderr = Guarded(sys.stdout), Guarded(sys.stderr)
