@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,10 @@ def test_recipes_are_there_and_load() -> None:
     named = set(re.findall(r"scripts/recipes/\w+\.toml", README))
     assert named == {str(path.relative_to(ROOT)) for path in (ROOT / "scripts" / "recipes").glob("*.toml")}
     for command in COMMANDS:
-        arguments = shlex.split(command)[1:]
-        if command.startswith("scripts/train.py") and "--help" not in arguments:
-            load_config([str(ROOT / a) if a.endswith(".toml") else a for a in arguments])
+        script, *arguments = shlex.split(command)
+        if script in ("scripts/train.py", "scripts/data.py"):
+            keys = list(takewhile(lambda argument: not argument.startswith("--"), arguments))
+            load_config([str(ROOT / a) if a.endswith(".toml") else a for a in keys])
 
 
 def test_the_file_tree_is_the_tree() -> None:
