@@ -22,7 +22,7 @@ import shapes
 import torch
 import torch.distributed as dist
 
-from minitune import adapters, build, files, log, optim, parallel, pretrained, sharding
+from minitune import adapters, build, files, log, optim, parallel, sharding
 from minitune.config import load_config
 from minitune.data.packing import Batch, Corpus, collate
 from minitune.step import take_step
@@ -57,7 +57,7 @@ def measure(name: str, tokens: int, steps: int, real: bool) -> dict[str, Any]:
         device = (
             torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
         )
-        pretrained.check_weights = lambda *_: None  # there are none in the folder
+        build.pretrained.check_weights = lambda model, folder: None  # a shape alone has none
         try:
             model, made_of = build.compose(cfg, Path(folder, "model"), device)
             zeros(model, device)

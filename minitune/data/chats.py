@@ -56,20 +56,19 @@ def scripts(chat: Chat, tokenizer: Tokenizer) -> list[Script]:
 def as_in(later: str, text: str, answers: list[Answer], tokenizer: Tokenizer) -> list[Answer] | None:
     """The answers of a text where a later text begins with them, too; None where it writes them otherwise.
 
-    A text may close its last answer once more, with the end of the whole; this is no part of the answer where the
-    later text goes on without.
+    A text may be closed once more after its last answer; where the later text goes on without that, it is no part of
+    the answer.
     """
     end = answers_end(answers)
     if later[:end] == text[:end]:
         return answers
-    pairs = enumerate(zip(later, text, strict=False))
-    shared = text[: next((at for at, (theirs, ours) in pairs if theirs != ours), len(later))].rstrip()
     *before, last = answers
     start, _ = last.spans[-1]
-    closed = shared.endswith(closers(tokenizer)) and text[len(shared) : end].strip() in closers(tokenizer)
-    if not closed or len(shared) <= start:
-        return None
-    return [*before, Answer(last.asked, (*last.spans[:-1], (start, len(shared))))]
+    for closer in closers(tokenizer):
+        once = text[:end].removesuffix(closer).rstrip()
+        if start < len(once) < end and once.endswith(closers(tokenizer)) and later.startswith(once):
+            return [*before, Answer(last.asked, (*last.spans[:-1], (start, len(once))))]
+    return None
 
 
 def answers_end(answers: list[Answer] | None) -> int:

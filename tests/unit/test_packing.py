@@ -1,6 +1,7 @@
 """Packing: every document whole and once, full rows, and labels that stay inside their document."""
 
 import json
+import shutil
 import time
 from collections import Counter
 from dataclasses import replace
@@ -12,9 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minitune.config import DataConfig
+from minitune.data import prepare
 from minitune.data.corpus import Corpus
 from minitune.data.packing import IGNORE, Batch, collate, fill, pack, rows, shuffled
 from minitune.data.store import TokenFile
+from minitune.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 PAD = 0
@@ -167,13 +171,46 @@ def test_realistic_lengths_fill_rows() -> None:
     assert fill(lengths, len(rows(lengths, 2048, 0, packing=False)), 2048) < 0.2
 
 
-@pytest.mark.skipif(not (DATA / "alpaca_en_demo.json").exists(), reason="needs shared/data/alpaca_en_demo.json")
-def test_alpaca_fills_rows() -> None:
-    examples = json.loads((DATA / "alpaca_en_demo.json").read_text(encoding="utf-8"))
-    words = [len(" ".join(map(str, example.values())).split()) for example in examples]
-    lengths = np.clip(np.array(words) * 4 // 3 + 30, 1, 2048)  # about what a tokenizer and a template make of it
-    assert len(lengths) > 500
-    assert fill(lengths, len(pack(lengths, 2048, 0)), 2048) >= 0.98
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Llama 2's pieces, with a chat template of the simplest kind."""
+    folder = tmp_path_factory.mktemp("llama2")
+    shutil.copyfile(DATA / "llama2_tokenizer.model", folder / "tokenizer.model")
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant]{% endif %}"
+    about = {"tokenizer_class": "LlamaTokenizer", "chat_template": template, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(about))
+    return load_tokenizer(folder)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"the real data sets are not in {DATA}")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "alpaca_en_demo.json",
+        "alpaca_zh_demo.json",
+        "c4_demo.jsonl",
+        "glaive_toolcall_en_demo.json",
+        "gpteacher_roleplay_alpaca.json",
+        "gsm8k_test.jsonl",
+        "gsm8k_train.jsonl",
+        "v1_sft_demo.jsonl",
+        "wiki_demo.txt",
+    ],
+)
+def test_real_sets_fill_rows(llama2: Tokenizer, name: str) -> None:
+    """At least 98 % of 2048, where the tokens there are could fill so much of the fewest rows that hold them."""
+    columns = {"question": "instruction", "answer": "output"} if name.startswith("gsm8k") else {}
+    cfg = DataConfig(train=(str(DATA / name),), columns=columns, eval_fraction=0.0, checks="warn", bad_rows="skip")
+    corpus = prepare(cfg, llama2).train
+    number_of_rows = len(pack(corpus.lengths, 2048, 0))
+    fewest = -(-corpus.tokens // 2048)
+    if fill(corpus.lengths, fewest, 2048) < 0.98:
+        assert name == "wiki_demo.txt"  # eight documents, in four rows at best
+        assert number_of_rows <= fewest + 1
+        return
+    assert fill(corpus.lengths, number_of_rows, 2048) >= 0.98
 
 
 def test_packing_is_fast() -> None:

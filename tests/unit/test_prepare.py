@@ -195,6 +195,50 @@ def test_firsts_are_where_a_list_finds_them(keys):
     assert firsts(np.array(keys, np.uint64)).tolist() == [keys.index(key) for key in keys]
 
 
+def test_near_duplicates_are_reported_or_removed(jsonl, tokenizer):
+    said = [
+        f"{n}: " + " ".join(hashlib.sha256(f"{n} {k}".encode()).hexdigest()[:6] for k in range(30)) for n in range(40)
+    ]
+    rows = [{"instruction": text, "output": text[::-1]} for text in said]
+    near = [{"instruction": row["instruction"] + "!", "output": row["output"]} for row in rows[:12]]
+    path = jsonl([*rows, *near])
+    found = {
+        what: prepare(recipe(path, near_duplicates=what, eval_fraction=0.3), tokenizer)
+        for what in ("report", "remove", "off")
+    }
+    assert [got.counts["near_duplicates"] for got in found.values()] == [12, 12, 0]
+    kept = [got.counts["train_documents"] + got.counts["eval_documents"] for got in found.values()]
+    assert kept == [52, 40, 52]
+    assert [(row["line"], row["fate"], row["reason"]) for row in found["remove"].left_out()] == [
+        (41 + n, "near_duplicate", f"nearly the same as {path}:{1 + n}") for n in range(12)
+    ]
+    assert found["report"].fates.twin[40:].tolist() == list(range(12))
+
+    def straddling(got: Prepared) -> int:
+        """Near duplicates of which one is trained on and one held out."""
+        held = set(got.eval_entries.tolist())
+        used = held | set(got.train_entries.tolist())
+        return sum((n in held) != (40 + n in held) for n in range(12) if {n, 40 + n} <= used)
+
+    assert straddling(found["remove"]) == 0 < straddling(found["report"])
+
+
+def test_near_duplicates_of_data_eval_are_not_trained_on_on_request(jsonl, tokenizer):
+    said = [" ".join(hashlib.sha256(f"{n} {k}".encode()).hexdigest()[:6] for k in range(30)) for n in range(20)]
+    rows = [{"instruction": text, "output": text[::-1]} for text in said]
+    held = jsonl([{**row, "instruction": row["instruction"] + "?"} for row in rows[:5]], "eval.jsonl")
+    got = prepare(recipe(jsonl(rows), eval=(held,), near_duplicates="remove"), tokenizer)
+    assert (got.counts["train_documents"], got.counts["eval_documents"], got.counts["near_duplicates"]) == (15, 5, 5)
+    assert [row["line"] for row in got.left_out()] == [1, 2, 3, 4, 5]
+
+
+def test_the_rows_left_out_are_written_whole(jsonl, tokenizer, tmp_path):
+    got = prepare(recipe(jsonl([*QUESTIONS, QUESTIONS[3], '{"\u00e9'], "é.jsonl"), bad_rows="skip"), tokenizer)
+    got.write_left_out(tmp_path / "left_out.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()] == [*got.left_out()]
+    assert len([*got.left_out()]) == 2
+
+
 # ---- weights
 
 
