@@ -45,7 +45,7 @@ def test_a_rank_s_host_memory_is_near_its_share(
         assert ended.codes == [0] * 4, ended.logs
         told = [json.loads((tmp_path / f"{sharding}-{rank}").read_text()) for rank in range(4)]
         peak[sharding] = max(took / whole for took, whole in told)
-    assert peak["replicate"] > 1.0  # of the whole model: the measure sees it
+    assert peak["replicate"] > 0.9  # of the whole model: the measure sees it, sampled as it is
     assert peak["full"] < 0.65, peak  # a quarter each, and a twelfth for each block that is gathered
 
 
