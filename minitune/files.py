@@ -161,7 +161,7 @@ def make_folder(path: Path) -> None:
         make_parents(path)
         probe = path / ".probe"
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may be trying the same folder
     except OSError as error:
         raise UserError(f"{path} cannot be written to: {error.strerror}") from None
 

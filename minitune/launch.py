@@ -53,6 +53,16 @@ def place() -> Place:
     return Place(rank, world, local_rank, local_world)
 
 
+def store_outlives_processes() -> bool:
+    """Whether the store that the launcher gives is its own, and not the first process'."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def address() -> str:
+    """Of the first process' machine."""
+    return os.environ["MASTER_ADDR"]
+
+
 def check(place: Place, gpus: int) -> None:
     """Refuse more processes on a machine than it has GPUs (0: it trains on CPUs)."""
     if gpus and place.local_world > gpus:

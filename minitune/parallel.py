@@ -28,6 +28,7 @@ from minitune.errors import RunFailed, UserError
 from minitune.log import say
 
 BUCKET = 2**25  # numbers that are summed over the ranks at once
+CONNECT = 300  # seconds in which all processes of a run find each other
 POLL = 0.05  # seconds between two looks at what the first process has written down
 
 
@@ -58,11 +59,40 @@ def processes(deterministic: bool, timeout_seconds: float) -> Iterator[torch.dev
     if started_here:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         # The watch speaks first and names who hangs; the backend's own limit is there if it cannot.
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds + 10))
+        limit = timedelta(seconds=timeout_seconds + 10)
+        dist.init_process_group(
+            backend, store=fresh_store(place), rank=place.rank, world_size=place.world, timeout=limit
+        )
     with quiet_unless_first(), watch.over(store(), rank(), place.world, timeout_seconds):
         yield device
     if started_here:
         dist.destroy_process_group()
+
+
+def fresh_store(place: launch.Place) -> dist.Store:
+    """The keys and values of this start.
+
+    Those of torchrun's agent outlive a restart, and the new processes would read where the old ones were and why they
+    failed. So the first process opens a store of its own, and the agent's only says where; what it still says of the
+    last one leads nowhere, since that process is gone.
+    """
+    given, _, _ = next(dist.rendezvous("env://", place.rank, place.world, timeout=timedelta(seconds=CONNECT)))
+    if not launch.store_outlives_processes():
+        return given
+    if place.rank == 0:
+        own = dist.TCPStore(launch.address(), 0, None, is_master=True, wait_for_workers=False)
+        given.set("minitune/port", str(own.port))
+        return own
+    until = time.monotonic() + CONNECT
+    while True:
+        given.wait(["minitune/port"], timedelta(seconds=CONNECT))
+        port = int(given.get("minitune/port"))
+        try:
+            return dist.TCPStore(launch.address(), port, None, is_master=False, timeout=timedelta(seconds=2))
+        except dist.DistError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(POLL)
 
 
 @contextmanager

@@ -15,17 +15,17 @@ def arguments(recipe: Path) -> list[str]:
     return [str(recipe), "train.gradient_accumulation_steps=2", f"parallel.timeout_seconds={TIMEOUT}"]
 
 
+QUICK = {"raises": "rank 1: ValueError: a mistake on one rank", "hangs": f"rank 1 did not move for {TIMEOUT} s"}
+SLOW = {"is killed": "rank 1 died", "is stopped": f"rank 1 did not move for {TIMEOUT} s"}
+
+
+@pytest.mark.parametrize("troubles", [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)])
 def test_a_rank_s_trouble_ends_the_job_with_its_name_and_a_new_start_goes_on_bit_for_bit(
-    arguments: list[str], launch: Launch, tmp_path: Path
+    troubles: dict[str, str], arguments: list[str], launch: Launch, tmp_path: Path
 ) -> None:
     whole = launch(2, jobs.train, [*arguments, f"out={tmp_path / 'whole'}"])
     assert whole.codes == [0, 0], whole.logs
-    for what, says in (
-        ("raises", "rank 1: ValueError: a mistake on one rank"),
-        ("is killed", "rank 1 died"),
-        ("hangs", f"rank 1 did not move for {TIMEOUT} s"),
-        ("is stopped", f"rank 1 did not move for {TIMEOUT} s"),
-    ):
+    for what, says in troubles.items():
         out = tmp_path / what.replace(" ", "-")
         ended = launch(2, jobs.train, [*arguments, f"out={out}"], {"rank": 1, "step": 5, "what": what})
         assert 0 not in ended.codes and ended.seconds < TIMEOUT + 15, ended

@@ -31,8 +31,19 @@ def assert_same(run: Path, other: Path) -> None:
         torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("sharding", ["replicate", "full", "hybrid"])
-@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+@pytest.mark.parametrize(
+    ("method", "sharding"),
+    [
+        *(("lora", "replicate"), ("qlora", "full"), ("full", "full"), ("full", "hybrid")),
+        *(
+            pytest.param(*both, marks=pytest.mark.slow)
+            for both in (
+                *(("qlora", "replicate"), ("full", "replicate")),
+                *(("lora", "full"), ("lora", "hybrid"), ("qlora", "hybrid")),
+            )
+        ),
+    ],
+)
 def test_ranks_change_nothing(method: str, sharding: str, launch: Launch, recipe: Path, tmp_path: Path) -> None:
     arguments = [str(recipe), f"method={method}", "eval.samples=2", "eval.sample_tokens=4"]
     if method == "full":
