@@ -24,7 +24,8 @@ from minitune.rules import Knob, above, all_above, at_least, below, filled, knob
 LONGEST, DEEPEST = 1_000_000, 1000  # bytes of a recipe, and parts of a key in it
 EXAMPLE = Path(__file__).parent / "tiny" / "recipe.toml"  # what runs when no recipe is named
 FULL_LEARNING_RATE = 2e-5  # the default where all weights train
-LORA_VARIANTS = ("lora",)  # those in minitune/adapters; a new one adds its name
+# Those in minitune/adapters; a new one adds its name.
+LORA_VARIANTS = ("lora", "rslora", "dora", "pissa", "olora", "loraplus", "lora_fa", "vera", "oplora")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of each block
 
 
@@ -64,8 +65,9 @@ class DataConfig:
 class LoRAConfig:
     variant: Annotated[str, one_of(LORA_VARIANTS)] = "lora"  # what an adapter computes
     r: Annotated[int, at_least(1)] = 16  # rank
-    alpha: Annotated[float, above(0)] = 32  # the update is scaled by alpha / r
+    alpha: Annotated[float, above(0)] = 32  # the update is scaled by alpha / r; by alpha / sqrt(r) in rslora
     dropout: Annotated[float, at_least(0), below(1)] = 0.05  # share of the adapter's inputs set to zero
+    loraplus_lr_ratio: Annotated[float, above(0)] = 16  # how much faster than lora_A variant loraplus learns lora_B
     # The linears that get an adapter, in every block:
     target_modules: Annotated[tuple[str, ...], filled(), one_of((*LINEARS, "lm_head")), unrepeated()] = LINEARS
 
@@ -184,6 +186,10 @@ def contradictions(cfg: Config, given: dict[str, str]) -> Iterator[tuple[tuple[s
     if cfg.model.revision and (cfg.model.path == "tiny" or os.path.isdir(cfg.model.path)):
         yield ("model.revision", "model.path"), "a model on this disk has no revisions; only one on the Hub has"
     lora = tuple(key for key, place in given.items() if key.startswith("lora.") and place == COMMAND_LINE)
+    if cfg.lora.loraplus_lr_ratio != LoRAConfig().loraplus_lr_ratio and cfg.lora.variant != "loraplus":
+        yield ("lora.loraplus_lr_ratio", "lora.variant"), "only variant loraplus has two learning rates; leave it out"
+    if "lora.alpha" in lora and cfg.lora.variant == "vera":
+        yield ("lora.alpha", "lora.variant"), "vera has no alpha, its vectors are the scale; leave it out"
     if cfg.method == "full" and lora:
         yield lora, "method=full trains no adapter; leave it out, or set method=lora"
 

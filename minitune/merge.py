@@ -62,7 +62,7 @@ def merge(run: Path, out: Path, base: str = "dequantized", dtype: str | None = N
         raise UserError(f"{out} exists already; choose another --out, or delete it")
     files.make_folder(out.parent)
     model, _ = compose(cfg, folder, CPU)
-    parallel.materialize(adapters.adapters(model).values(), CPU)  # the adapters alone need memory
+    parallel.materialize(adapters.own_modules(model), CPU)  # the adapters alone need memory
     peft_format.load(run / "adapter", model)
     found = MergeError()
     with shards.Shards(folder) as weights:

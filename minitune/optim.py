@@ -1,6 +1,7 @@
 """AdamW, plain or paged, and the learning rate of each step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +20,7 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> tuple[torch.optim.Opti
     """
     trained = trained_parameters(model)
     on_cuda, dtype = next(iter(trained.values())).is_cuda, next(iter(trained.values())).dtype
-    groups = [
-        {"params": [p for p in trained.values() if p.ndim >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},  # norms, biases, magnitudes
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = parameter_groups(model, cfg)
     plain = cfg.name == "adamw" or not on_cuda
     line = cfg.name if cfg.name == "adamw" or on_cuda else f"adamw ({cfg.name} needs CUDA; plain AdamW in its place)"
     if dtype == torch.bfloat16:
@@ -39,6 +36,28 @@ def make_optimizer(model: nn.Module, cfg: OptimConfig) -> tuple[torch.optim.Opti
         "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
     }[cfg.name]
     return paged(groups, lr=cfg.learning_rate), line
+
+
+def parameter_groups(model: nn.Module, cfg: OptimConfig) -> list[dict[str, Any]]:
+    """The trainable parameters by what an optimizer does to them: whether they decay (norms, biases and magnitudes do
+    not), and how fast they learn (`learning_rate_ratios` of the module that has them, else as the recipe says)."""
+    ratios = {
+        f"{prefix}.{name}": ratio
+        for prefix, module in model.named_modules()
+        for name, ratio in getattr(module, "learning_rate_ratios", {}).items()
+    }
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in trained_parameters(model).items():
+        groups.setdefault((parameter.ndim < 2, ratios.get(name, 1.0)), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if flat else cfg.weight_decay,
+            "lr": cfg.learning_rate * ratio,
+            "learning_rate_ratio": ratio,
+        }
+        for (flat, ratio), parameters in sorted(groups.items(), key=lambda group: group[0])
+    ]
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -68,7 +87,7 @@ def learning_rate(step: int, steps: int, cfg: OptimConfig) -> float:
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("learning_rate_ratio", 1.0)
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, loss: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,6 +98,9 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, max_norm: float, 
     by the host.
     """
     norm = gradient_norm(model)
+    for module in model.modules():
+        if hasattr(module, "correct_gradients"):
+            module.correct_gradients()
     finite = torch.isfinite(loss) & torch.isfinite(norm)
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0) if max_norm > 0 else torch.ones_like(norm)
     if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:

@@ -299,7 +299,8 @@ class CompiledForward:
 
 @torch.no_grad()
 def materialize(modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Give the own parameters of these modules memory on `device`, unfilled; shared ones stay shared."""
+    """Give the own parameters of these modules memory on `device`, and buffers that have none; unfilled. Shared
+    parameters stay shared."""
     made: dict[int, nn.Parameter] = {}
     for module in modules:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -307,6 +308,9 @@ def materialize(modules: Iterable[nn.Module], device: torch.device) -> None:
                 empty = torch.empty_like(parameter, device=device)
                 made[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
             setattr(module, name, made[id(parameter)])
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, name, torch.empty_like(buffer, device=device))
 
 
 def memory_gb(device: torch.device) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minitune import files
-from minitune.adapters import ADAPTERS, adapters, last_name
+from minitune.adapters import ADAPTERS, adapters, exported, last_name
 from minitune.config import LINEARS, LoRAConfig, ModelConfig
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
@@ -22,28 +22,31 @@ FLOATS = ("F32", "F16", "BF16")
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-PLAIN: dict[str, Any] = {  # keys that change what an adapter computes, with the one value that is run here
-    "peft_type": "LORA",
+COMMON: dict[str, Any] = {  # keys that change what an adapter computes, with the one value that is run here
     "bias": "none",
     "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "layers_to_transform": None,
+    "layers_pattern": None,
+}
+PLAIN: dict[str, Any] = {  # those of LoRA alone; a variant of it has other values for some
+    "peft_type": "LORA",
+    "init_lora_weights": True,
     "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
     "rank_pattern": {},
     "alpha_pattern": {},
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
     "layer_replication": None,
     "trainable_token_indices": None,
     "target_parameters": None,
     "exclude_modules": None,
 }
-READ = ("base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules")
+READ = ("base_model_name_or_path", "revision", "target_modules")
+LORA_KEYS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours -> PEFT's
 IGNORED = (  # keys that change nothing in a trained adapter
     "task_type",
     "inference_mode",
-    "lora_dropout",
     "peft_version",
     "auto_mapping",
     "runtime_config",
@@ -52,32 +55,34 @@ IGNORED = (  # keys that change nothing in a trained adapter
     "loftq_config",
     "eva_config",
     "ensure_weight_tying",
+    "d_initial",
+    "init_weights",
+    "projection_prng_key",
 )
-INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others (PiSSA, ...) change the base's weights as well
+INITS = (True, False, "gaussian", "eva", "orthogonal")  # starts that are as True is once an adapter is trained
 
 
 def save(folder: Path, model: nn.Module, lora: LoRAConfig, base: ModelConfig) -> None:
-    """Write the adapters of `model` (variant, r, alpha and targets as in `lora`) as an adapter folder, all in fp32."""
+    """Write the adapters of `model`, trained as `lora` says, as an adapter folder, all in fp32."""
+    lora = exported(lora)
+    kind = ADAPTERS[lora.variant]
     config = {
-        **PLAIN,
-        **ADAPTERS[lora.variant].PEFT_CONFIG,
+        **plain(kind),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base.path,
         "revision": base.revision or None,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "r": lora.r,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
+        **{theirs: getattr(lora, ours) for ours, theirs in keys_of(kind).items()},
         "target_modules": sorted(lora.target_modules),
     }
     with files.new_folder(folder) as part:
-        files.write_tensors(part / WEIGHTS, state(model))
+        files.write_tensors(part / WEIGHTS, export(model))
         files.write_json(part / CONFIG, config)
 
 
 def load(folder: Path, model: nn.Module) -> None:
-    """Fill the adapters of `model` from an adapter folder: every tensor has its place, and every place its tensor.
+    """Fill the adapters of `model`, whose base is loaded, from an adapter folder: every tensor has its place, and every
+    place its tensor.
 
     Raises:
         UserError: names that match nothing, places left empty, other shapes; all listed.
@@ -94,6 +99,9 @@ def load(folder: Path, model: nn.Module) -> None:
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
+    for adapter in adapters(model).values():
+        if hasattr(adapter, "export"):
+            adapter.reset_parameters()  # it stands on what it started from
     with torch.no_grad(), open_tensors(path) as file:
         for name, place in places.items():
             place.copy_(file.get_tensor(name))
@@ -103,13 +111,26 @@ def load(folder: Path, model: nn.Module) -> None:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's name -> tensor, for every parameter of every adapter."""
-    for adapter in adapters(model).values():
+    found = {}
+    for name, adapter in adapters(model).items():
         own = {name for name, _ in adapter.named_parameters(recurse=False)}
-        assert own == adapter.PEFT_NAMES.keys(), f"{type(adapter).__name__}.PEFT_NAMES must name {own}"
+        frozen = {name for name, _ in adapter.named_buffers(recurse=False)}
+        named = adapter.PEFT_NAMES.keys()
+        assert own == named - frozen, f"{type(adapter).__name__}.PEFT_NAMES must name {own}"
+        found |= {f"{PREFIX}{name}.{theirs}": getattr(adapter, ours) for ours, theirs in adapter.PEFT_NAMES.items()}
+        shared = getattr(adapter, "SHARED_NAMES", {})
+        found |= {theirs: getattr(adapter.shared, ours) for ours, theirs in shared.items()}
+    return {name: tensor.detach() for name, tensor in found.items()}
+
+
+def export(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter folder holds: the adapters as they are, or as what others load of them."""
+    if not all(hasattr(adapter, "export") for adapter in adapters(model).values()):
+        return state(model)
     return {
-        f"{PREFIX}{name}.{peft_name}": getattr(adapter, own).detach()
+        f"{PREFIX}{name}.{theirs}": tensor.contiguous()
         for name, adapter in adapters(model).items()
-        for own, peft_name in adapter.PEFT_NAMES.items()
+        for theirs, tensor in adapter.export().items()
     }
 
 
@@ -118,17 +139,18 @@ def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
     path = inside(folder, CONFIG)
     values = read_json(path)
     variant = next((name for name, kind in ADAPTERS.items() if says(values, kind.PEFT_CONFIG)), "lora")
-    said = PLAIN | ADAPTERS[variant].PEFT_CONFIG
-    problems = [key for key, plain in said.items() if values.get(key) not in (plain, None)]
-    problems += [key for key in values if values[key] and key not in (*said, *READ, *IGNORED, "init_lora_weights")]
-    problems += [key for key in ("init_lora_weights",) if values.get(key, True) not in INITS]
+    said, keys = plain(ADAPTERS[variant]), keys_of(ADAPTERS[variant])
+    fine = {key: INITS if key == "init_lora_weights" and value is True else (value,) for key, value in said.items()}
+    problems = [key for key, value in fine.items() if values.get(key) not in (*value, None)]
+    problems += [key for key in values if values[key] and key not in (*said, *READ, *keys.values(), *IGNORED)]
     if problems:
         listed = ", ".join(f"{key} = {values[key]!r}" for key in problems)
         raise UserError(f"{path}: this kind of adapter is not supported: {listed}")
     targets = values.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets) or not targets:
         raise UserError(f"{path}: target_modules must be a list of module names, here it is {targets!r}")
-    r, alpha, base = values.get("r"), values.get("lora_alpha"), values.get("base_model_name_or_path")
+    r, alpha = (values.get(keys[ours]) if ours in keys else getattr(LoRAConfig(), ours) for ours in ("r", "alpha"))
+    base = values.get("base_model_name_or_path")
     revision = values.get("revision") or ""
     if (
         type(r) is not int
@@ -149,11 +171,21 @@ def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
             f"{path}: target_modules names {', '.join(unknown)[:200]}, which no linear of a Llama is called"
         )
     for name, entry in read_header(inside(folder, WEIGHTS)).items():  # before anything takes memory for this rank
-        if name.endswith(".lora_A.weight") and entry.shape[:1] != (r,):
+        if name.endswith((".lora_A.weight", ".vera_A")) and entry.shape[:1] != (r,):
             raise UserError(f"{path} says r = {r}, but {name} in {WEIGHTS} is {entry.shape}")
     names = tuple(sorted({last_name(target) for target in targets}))
     lora = LoRAConfig(variant=variant, r=r, alpha=alpha, dropout=0.0, target_modules=names)
     return lora, ModelConfig(path=base, revision=revision)
+
+
+def plain(kind: type[nn.Module]) -> dict[str, Any]:
+    """The keys that change what an adapter of this variant computes, each with the one value that is run here."""
+    of_lora = kind.PEFT_CONFIG.get("peft_type", "LORA") == "LORA"
+    return COMMON | (PLAIN if of_lora else {}) | kind.PEFT_CONFIG
+
+
+def keys_of(kind: type[nn.Module]) -> dict[str, str]:
+    return getattr(kind, "PEFT_KEYS", LORA_KEYS)
 
 
 def says(values: dict[str, Any], variant: dict[str, object]) -> bool:

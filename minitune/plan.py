@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from minitune.adapters import own_modules
 from minitune.byhand import Keep
 from minitune.config import Config
 from minitune.loss import CHUNK
@@ -85,9 +86,9 @@ def memory(
     copies = 0 if cfg.method == "full" or not by_hand else width * numbers  # adapters as they multiply
     D, V = config.hidden_size, config.vocab_size
     head = N * 3 * width * D + min(N, CHUNK) * V * width + (2 * 4 * V * D if cfg.method == "full" else 0)
-    kept, working = (by_hand_sizes if by_hand else compiled_sizes)(config, cfg, N, width)
+    kept, working = by_hand_sizes(config, cfg, N, width) if by_hand else compiled_sizes(model, config, cfg, N, width)
     four_bits = [m for m in model.layers[0].modules() if isinstance(m, NF4Linear)]
-    weights = sum(p.nbytes for p in model.parameters())
+    weights = sum(p.nbytes for p in (*model.parameters(), *model.buffers()))  # buffers: what variants freeze
     full = cfg.method == "full"
     passing = 2 * 4 * min(BUCKET, numbers) if ranks > 1 and not (full and shards > 1) else 0
     if shards > 1:
@@ -132,13 +133,16 @@ def by_hand_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple
     return {k: N * v for k, v in kept.items()}, {k: N * v + weight_grads for k, v in working.items()}
 
 
-def compiled_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple[dict[Keep, int], dict[Keep, int]]:
+def compiled_sizes(
+    model: nn.Module, config: LlamaConfig, cfg: Config, N: int, width: int
+) -> tuple[dict[Keep, int], dict[Keep, int]]:
     """A block by way of autograd keeps its input, two norms (in and out), q k v rotated, attention's output, gate,
-    up, silu, their product, and the masked inputs of its adapters."""
+    up, silu, their product, the masked inputs of its adapters, and the outputs that their variant keeps."""
     D, F = config.hidden_size, config.intermediate_size
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     dropped = 0 if cfg.method == "full" or cfg.lora.dropout == 0 else 3 * D + 2 * F
-    every, inputs = N * width * (7 * D + heads + 4 * F + dropped), N * width * D
+    outputs = sum(m.KEPT_OUTPUTS * m.out_features for m in own_modules(model.layers[0]) if hasattr(m, "KEPT_OUTPUTS"))
+    every, inputs = N * width * (7 * D + heads + 4 * F + dropped + outputs), N * width * D
     return {Keep.ALL: every, Keep.INPUT: inputs}, {Keep.ALL: N * width * F, Keep.INPUT: every + N * width * F}
 
 

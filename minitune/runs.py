@@ -1,10 +1,11 @@
 """A run folder, as those open it who come after: the next start of the same run, a merge, generation."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minitune import files, lock, parallel, pretrained
+from minitune import adapters, files, lock, parallel, pretrained
 from minitune.config import Config, load_config
 from minitune.errors import UserError
 from minitune.log import say
@@ -22,7 +23,8 @@ HOW_TO_TRAIN = (
 
 
 def open_run(run: Path) -> tuple[Config, Path]:
-    """The recipe of a finished run, with whatever says only how to train at its plainest, and the folder of its base.
+    """The recipe of a finished run, with whatever says only how to train at its plainest and [lora] as what it handed
+    over, and the folder of its base.
 
     Raises:
         UserError: no run, one that has not finished, or a base that is not the one it was trained on any more.
@@ -37,7 +39,7 @@ def open_run(run: Path) -> tuple[Config, Path]:
     for what, digest in pretrained.fingerprint(base).items():
         if facts["identity"].get(what) != digest:
             raise UserError(f"{what} in {base} is not the one that {run} was trained on; its files have changed")
-    return cfg, base
+    return replace(cfg, lora=adapters.exported(cfg.lora)), base
 
 
 def finished(run: Path) -> dict[str, Any] | None:

@@ -9,18 +9,48 @@ A variant is a module class with four verbs:
 and two tables for PEFT's files: PEFT_NAMES, from the names of its parameters (which lie directly on the module) to
 those in the file, and PEFT_CONFIG, the keys of adapter_config.json that say which variant it is. Freezing, saving,
 resuming, merging and export follow from these.
+
+What does not train is a buffer (`persistent=False`) that reset_parameters fills from the seed or the base's weights
+(`base_weight.py` gathers these): no checkpoint holds it, and every rank has all of it. One that PEFT's file holds is
+named in PEFT_NAMES as well.
+
+Few variants need more, and say so by having it:
+    learning_rate_ratios     name of a parameter -> its learning rate, as a multiple of the recipe's
+    correct_gradients()      called once a step, on gradients that are summed and measured, before the optimizer
+    share(adapters)          class method, for all of a model at once: let them have modules in common, each as its
+                             `self.shared`; SHARED_NAMES is for those what PEFT_NAMES is for the rest
+    exported(cfg), export()  what others load of it, where that is another variant: its LoRAConfig (a class method),
+                             and PEFT's names -> tensors
+    PEFT_KEYS                what PEFT calls LoRAConfig's r, alpha and dropout; those not in it play no part
+    KEPT_OUTPUTS             how many tensors (tokens, out) forward leaves for backward, for the memory plan
 """
 
 import torch
 from torch import nn
 
 from minitune import seeds, surgery
+from minitune.adapters.dora import DoRALinear
 from minitune.adapters.lora import LoRALinear
+from minitune.adapters.lora_fa import LoRAFALinear
+from minitune.adapters.loraplus import LoRAPlusLinear
+from minitune.adapters.olora import OLoRALinear
+from minitune.adapters.oplora import OPLoRALinear
+from minitune.adapters.pissa import PiSSALinear
+from minitune.adapters.rslora import RsLoRALinear
+from minitune.adapters.vera import VeRALinear
 from minitune.config import LoRAConfig
 from minitune.errors import UserError
 
-ADAPTERS: dict[str, type[LoRALinear]] = {
+ADAPTERS: dict[str, type[nn.Module]] = {
     "lora": LoRALinear,
+    "rslora": RsLoRALinear,
+    "dora": DoRALinear,
+    "pissa": PiSSALinear,
+    "olora": OLoRALinear,
+    "loraplus": LoRAPlusLinear,
+    "lora_fa": LoRAFALinear,
+    "vera": VeRALinear,
+    "oplora": OPLoRALinear,
 }
 
 
@@ -45,6 +75,8 @@ def attach(model: nn.Module, cfg: LoRAConfig) -> list[str]:
     missing = [target for target in cfg.target_modules if target not in map(last_name, names)]
     if missing:
         raise UserError(f"lora.target_modules: no module of this model is named {', '.join(missing)}")
+    if hasattr(make, "share"):
+        make.share(list(adapters(model).values()))
     return names
 
 
@@ -56,10 +88,25 @@ def reset(model: nn.Module, seed: int) -> None:
             adapter.reset_parameters()
 
 
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+def adapters(model: nn.Module) -> dict[str, nn.Module]:
     """The adapters of a model by the name of the linear each one wraps."""
     kinds = tuple(ADAPTERS.values())
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def own_modules(model: nn.Module) -> list[nn.Module]:
+    """The adapters and what they are made of or share, without what they wrap; each once."""
+    found = {}
+    for adapter in adapters(model).values():
+        for part in (adapter, *(child for name, child in adapter.named_children() if name != "base")):
+            found[id(part)] = part
+    return list(found.values())
+
+
+def exported(cfg: LoRAConfig) -> LoRAConfig:
+    """The adapter that a run of this recipe hands over: another one, where a variant is of use to nobody as it is."""
+    kind = ADAPTERS[cfg.variant]
+    return kind.exported(cfg) if hasattr(kind, "exported") else cfg
 
 
 def last_name(name: str) -> str:

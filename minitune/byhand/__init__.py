@@ -47,9 +47,11 @@ def refusal(block: Block) -> str | None:
     kinds, ranks = set(), set()
     for name in (*ATTENTION, *MLP):
         linear = getattr(block.self_attn if name in ATTENTION else block.mlp, name)
-        if isinstance(linear, LoRALinear):
+        if hasattr(linear, "merged_weight"):  # an adapter
             if type(linear).forward is not LoRALinear.forward:
                 return f"{type(linear).__name__} has a forward pass of its own"
+            if not linear.lora_A.requires_grad:
+                return f"{type(linear).__name__} trains B alone"
             ranks.add((linear.lora_A.shape[0], linear.scaling, linear.dropout))
             linear = linear.base
         if type(linear) not in (nn.Linear, NF4Linear):

@@ -51,6 +51,7 @@ variant = "lora"
 r = 16
 alpha = 32
 dropout = 0.05
+loraplus_lr_ratio = 16
 target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 [optim]
 name = "adamw"
