@@ -2,6 +2,7 @@
 
 import ctypes
 import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 
-from minitune import build, errors, parallel, plan, pretrained, sharding
+from minitune import build, errors, parallel, peft_format, plan, pretrained, sharding
 from minitune import train as training
+from minitune.adapters import ADAPTERS
 from minitune.config import load_config
 
 
@@ -93,6 +95,35 @@ def four_bits(arguments: list[str]) -> None:
             spread(torch.zeros(1, 3, dtype=torch.int64))
         assert torch.equal(seen[0], patterns)
         sharding.check(spread, device)
+
+
+def variants(arguments: list[str]) -> None:
+    """Every variant starts, computes and learns over a base that ranks share as over one that each has whole."""
+    tokens = torch.arange(3, 14).view(1, 11)
+    with parallel.processes(False, 30) as device:
+        for variant, method in itertools.product(ADAPTERS, ("lora", "qlora")):
+            cfg = load_config([*arguments, f"method={method}", f"lora.variant={variant}"])
+            base = pretrained.find(cfg.model.path)
+            whole = replace(cfg, parallel=replace(cfg.parallel, sharding="replicate"))
+            alone, spread = (build.build_model(each, base, device) for each in (whole, cfg))
+            linear = spread.layers[0].mlp.gate_proj.base
+            assert sharding.is_spread(linear.packed if method == "qlora" else linear.weight)
+            trained = {name: p for name, p in alone.named_parameters() if p.requires_grad}
+            for number, (name, parameter) in enumerate(trained.items()):
+                ours = spread.get_parameter(name)
+                assert not sharding.is_spread(ours) and torch.equal(ours, parameter), (variant, name)
+                moved = torch.randn(ours.shape, generator=torch.Generator().manual_seed(number)) * 0.1
+                ours.data.add_(moved)
+                parameter.data.add_(moved)
+            outputs = [model.train()(tokens) for model in (alone, spread)]
+            torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+            for output in outputs:
+                output.square().mean().backward()
+            for name, parameter in trained.items():
+                gradient, expected = spread.get_parameter(name).grad, parameter.grad
+                assert (gradient - expected).norm() < 1e-5 * expected.norm(), (variant, method, name)
+            ours, theirs = (peft_format.export(model) for model in (spread, alone))
+            assert all(torch.equal(ours[name], theirs[name]) for name in theirs), variant
 
 
 def one_wrong_byte(arguments: list[str]) -> None:

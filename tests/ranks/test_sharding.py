@@ -23,6 +23,14 @@ def test_four_bit_bytes_are_those_of_one_process(
     assert ended.codes == [0] * ranks, "\n".join(ended.logs)
 
 
+def test_every_variant_of_an_adapter_is_that_of_one_process(
+    launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path
+) -> None:
+    folder = make_base(**SMALL | {"num_hidden_layers": 1})
+    ended = launch(2, jobs.variants, [str(recipe), f"model.path={folder}", "parallel.sharding=full"])
+    assert ended.codes == [0, 0], "\n".join(ended.logs)
+
+
 def test_a_wrong_byte_is_found_before_training(
     launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path
 ) -> None:

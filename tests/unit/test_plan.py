@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minitune import adapters, nf4, plan
+from minitune.adapters import ADAPTERS
 from minitune.byhand import Keep
 from minitune.config import Config, LoRAConfig, load_config
 from minitune.model import Llama, LlamaConfig
@@ -99,6 +100,24 @@ def test_a_larger_rank_needs_more(tmp_path: Path) -> None:
     more = replace(cfg, lora=LoRAConfig(r=64))
     assert needs("8b", more).weights > needs("8b", cfg).weights
     assert needs("8b", more).kept[Keep.INPUT] > needs("8b", cfg).kept[Keep.INPUT]
+
+
+def test_what_a_variant_freezes_and_keeps_is_counted(tmp_path: Path) -> None:
+    """LoRA has neither; PiSSA keeps where it started, VeRA its projections, DoRA two outputs of each linear."""
+    cfg = recipe(tmp_path, "method=lora", "lora.dropout=0")
+    found = {v: needs("8b", replace(cfg, lora=replace(cfg.lora, variant=v)), by_hand=False) for v in ADAPTERS}
+    lora, trained = found["lora"], 41_943_040
+    assert found["loraplus"] == found["rslora"] == lora
+    assert found["pissa"].weights == lora.weights + 4 * trained
+    assert found["oplora"].weights == lora.weights + 4 * trained
+    assert found["lora_fa"].weights == lora.weights and found["lora_fa"].moments < lora.moments
+    shared, vectors = 16 * (14336 + 14336), 32 * (7 * 16 + 2 * 4096 + 2 * 1024 + 2 * 14336 + 4096)
+    assert found["vera"].weights == lora.weights - 4 * trained + 4 * (shared + vectors)
+    tokens = cfg.train.batch_size * cfg.data.max_seq_len
+    outputs = 2 * tokens * (3 * 4096 + 2 * 1024 + 2 * 14336)  # bytes, of the seven linears of a block, in bf16
+    assert found["vera"].kept[Keep.ALL] == lora.kept[Keep.ALL] + outputs
+    assert found["dora"].kept[Keep.ALL] == lora.kept[Keep.ALL] + 2 * outputs
+    assert found["dora"].kept[Keep.INPUT] == lora.kept[Keep.INPUT]
 
 
 def test_what_ranks_share_and_what_passes_between_them() -> None:
