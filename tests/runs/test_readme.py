@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from itertools import takewhile
@@ -92,3 +93,63 @@ def test_the_example_learns_its_skill_in_two_minutes(tmp_path: Path) -> None:
     facts = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
     assert facts["samples"]["before"] < 0.1 and facts["samples"]["after"] > 0.9
     assert facts["seconds"] < 120
+
+
+# ---- "Adding a variant", done as it says ---------------------------------------------------------------------------
+
+PLACES = {  # where a line of the README goes: before this line of that file
+    "from minitune.adapters.": ("minitune/adapters/__init__.py", "from minitune.adapters.lora import"),
+    '    "rowgain": ': ("minitune/adapters/__init__.py", '    "lora": LoRALinear'),
+    '    "rowgain",': ("minitune/config.py", '    "lora",'),
+}
+
+
+@pytest.fixture
+def with_a_variant(tmp_path: Path) -> Path:
+    """A copy of the package and its variants' tests, to which the README's variant has been added."""
+    shutil.copytree(ROOT / "minitune", tmp_path / "minitune", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in (
+        "pyproject.toml",
+        "tests/conftest.py",
+        "tests/parity/peft_reference.py",
+        "tests/parity/test_variants.py",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    config = tmp_path / "minitune" / "config.py"  # one name to a line, so that one is one line
+    config.write_text(re.sub(r'LORA_VARIANTS = \("lora",', 'LORA_VARIANTS = (\n    "lora",', config.read_text()))
+    section = README.partition("## Adding a variant")[2].partition("\n## ")[0]
+    file, lines, formula = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    path, _, text = file.removeprefix("# ").partition("\n")
+    (tmp_path / path).write_text(text)
+    for line in lines.splitlines():
+        if not line.startswith("#"):
+            before = next(place for start, place in PLACES.items() if line.startswith(start))
+            insert(tmp_path / before[0], line + "\n", before[1])
+    path, _, text = formula.removeprefix("# ").partition("\n")
+    insert(tmp_path / path, text, "HELD_CONSTANT")
+    return tmp_path
+
+
+def insert(path: Path, text: str, before: str) -> None:
+    head, found, tail = path.read_text().partition("\n" + before)
+    assert found, (path, before)
+    path.write_text(f"{head}\n{text}{before}{tail}")
+
+
+def prove(folder: Path, which: str) -> str:
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    options = ["-p", "no:cacheprovider", "-k", which, "tests/parity/test_variants.py"]
+    line = [sys.executable, "-m", "pytest", *options]
+    ended = subprocess.run(line, cwd=folder, capture_output=True, text=True, env=environment, timeout=280, check=False)
+    return ended.stdout
+
+
+def test_a_variant_is_added_as_it_says(with_a_variant: Path) -> None:
+    told = prove(with_a_variant, "rowgain or has_a_reference")
+    passed = re.search(r"(\d+) passed", told)
+    assert passed and int(passed[1]) >= 17 and "failed" not in told and "error" not in told, told
+    path = with_a_variant / "minitune" / "adapters" / "rowgain.py"
+    path.write_text(path.read_text().replace("* self.gain.to(x.dtype)", ""))
+    told = prove(with_a_variant, "rowgain and merged_weight")
+    assert "2 failed" in told, told  # its gain forgotten in forward
