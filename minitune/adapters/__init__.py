@@ -22,6 +22,7 @@ Few variants need more, and say so by having it:
     exported(cfg), export()  what others load of it, where that is another variant: its LoRAConfig (a class method),
                              and PEFT's names -> tensors
     PEFT_KEYS                what PEFT calls LoRAConfig's r, alpha and dropout; those not in it play no part
+    CONSTANT_IN_BACKWARD     methods whose result the gradient takes for a constant, for whoever checks the gradient
     KEPT_OUTPUTS             how many tensors (tokens, out) forward leaves for backward, for the memory plan
 """
 

@@ -22,6 +22,7 @@ PIECE = 2**22  # numbers of a weight that are made fp32 at a time
 class DoRALinear(LoRALinear):
     PEFT_NAMES: ClassVar = {**LoRALinear.PEFT_NAMES, "lora_magnitude_vector": "lora_magnitude_vector"}
     PEFT_CONFIG: ClassVar = {"use_dora": True}
+    CONSTANT_IN_BACKWARD = ("norms",)
     KEPT_OUTPUTS = 2  # W x and B A x, for the gradient of m
 
     def __init__(self, base: nn.Module, cfg: LoRAConfig) -> None:
