@@ -46,8 +46,12 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 def model_checks(folder: Path, device: torch.device) -> Iterator[Check]:
     for number, (name, changes) in enumerate(SHAPES.items()):
         base = small.base(folder / f"shape-{number}", vocab_size=2048, **changes)
-        yield Check(f"{name}: logits, gradients", "transformers", EXACT, partial(model, base, device), ("transformers",))
-    yield Check("summed loss over a part of the tokens", "transformers", EXACT, partial(loss, base, device), ("transformers",))
+        yield Check(
+            f"{name}: logits, gradients", "transformers", EXACT, partial(model, base, device), ("transformers",)
+        )
+    yield Check(
+        "summed loss over a part of the tokens", "transformers", EXACT, partial(loss, base, device), ("transformers",)
+    )
 
 
 def tokens_and_positions(device: torch.device) -> tuple[Tensor, Tensor]:
@@ -148,7 +152,9 @@ def accumulated(cfg: Config, size: int, device: torch.device) -> tuple[float, st
 def nf4_checks(device: torch.device) -> Iterator[Check]:
     for dtype in (torch.float32, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        yield Check(f"NF4 of {name}: bytes and scales", "bitsandbytes, bit for bit", 0, partial(nf4_bytes, dtype, device))
+        yield Check(
+            f"NF4 of {name}: bytes and scales", "bitsandbytes, bit for bit", 0, partial(nf4_bytes, dtype, device)
+        )
         yield Check(f"NF4 of {name}: made dense", "bitsandbytes, bit for bit", 0, partial(nf4_dense, dtype, device))
     product = "a linear of the dense weight"
     yield Check("NF4: product and gradient", product, EXACT, partial(nf4_product, device))

@@ -9,6 +9,7 @@ Optional words of a class that are heeded here:
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune import adapters, peft_format, pretrained, shards
@@ -26,6 +28,7 @@ from minitune.config import Config, LoRAConfig, ModelConfig
 from minitune.merge import MergeError, merged_tensors
 from minitune.model import Llama
 from minitune.nf4 import NF4Linear
+from minitune.train import train
 from minitune.verify import peers, ranks, small
 from minitune.verify.small import ALPHA, R
 from minitune.verify.table import EXACT, Check, NotMeant, apart, unequal, worst
@@ -53,9 +56,10 @@ def layer_checks(kind: type[nn.Module], variant: str, device: torch.device) -> I
     yield Check("the base under it, after all verbs", "the base before, bit for bit", 0, partial(base_kept, layer))
     yield Check("merged_weight", "forward, in fp64, of the update", 1e-8, partial(merged, layer))
     yield Check("every gradient", "finite differences, fp64", 1e-5, partial(gradient, kind, layer))
-    yield Check("alpha twice as large changes the update", "alpha as it was", 1e-2, partial(alpha, kind, layer), (), True)
+    doubled = partial(alpha, kind, layer)
+    yield Check("alpha twice as large changes the update", "alpha as it was", 1e-2, doubled, at_least=True)
     heard = partial(dropout_heard, kind, layer)
-    yield Check("dropout in training changes the update", "no dropout", 1e-2, heard, (), True)
+    yield Check("dropout in training changes the update", "no dropout", 1e-2, heard, at_least=True)
     yield Check("dropout in evaluation", "no dropout, bit for bit", 0, partial(dropout_silent, layer))
     yield Check("over NF4: outputs and gradients", "over the same weight, dense", EXACT, partial(over_nf4, layer))
     backend = "inductor" if device.type == "cuda" else "aot_eager"
@@ -279,13 +283,14 @@ def model_checks(variant: str, spec: str, folder: Path, device: torch.device) ->
         what = f"{len(small.LENGTHS) // size} micro-batches, every gradient"
         yield Check(what, "one batch", EXACT, partial(micro_batches, cfg, size, device))
     yield Check("a step repeated, dropout 0.25", "itself, bit for bit", 0, partial(repeated, wet, "none", device))
-    yield Check("a step recomputed, dropout 0.25", "nothing recomputed, bit for bit", 0, partial(repeated, wet, "full", device))
+    recomputed = partial(repeated, wet, "full", device)
+    yield Check("a step recomputed, dropout 0.25", "nothing recomputed, bit for bit", 0, recomputed)
     job = ranks.Job(cfg, spec, folder)
     for method, sharding in ranks.WAYS:
         what = f"2 ranks, {method}, sharding {sharding}"
         yield Check(what, "one process", EXACT, partial(job.gradients_apart, method, sharding))
     straight = replace(wet, out=str(folder / "straight"), train=replace(wet.train, max_steps=4, batch_size=2))
-    yield Check("resumed at step 2 of 4, adapter and losses", "never stopped, bit for bit", 0, partial(resumed, straight))
+    yield Check("resumed at step 2 of 4: the adapter", "never stopped, bit for bit", 0, partial(resumed, straight))
 
 
 def of_update(logits: Tensor, expected: Tensor, bare: Tensor) -> float:
@@ -352,12 +357,6 @@ def repeated(cfg: Config, recompute: str, device: torch.device) -> tuple[float, 
 
 def resumed(cfg: Config) -> tuple[float, str]:
     """A run, and one that finds the first one's checkpoint of step 2 and nothing else."""
-    import shutil
-
-    from safetensors.torch import load_file
-
-    from minitune.train import train
-
     out = Path(cfg.out)
     cfg = replace(cfg, data=replace(cfg.data, train=(str(small.rows_file(out.with_name("rows.jsonl"))),)))
     again = out.with_name("resumed")

@@ -78,11 +78,15 @@ def place(rank: int, port: int) -> dict[str, str]:
     """The environment of one of the processes, in which it finds this package and no GPU."""
     said = {"RANK": rank, "WORLD_SIZE": WORLD, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": port}
     paths = [str(Path(minitune.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {name: str(value) for name, value in said.items()} | {
-        "MASTER_ADDR": "127.0.0.1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "CUDA_VISIBLE_DEVICES": "",
-    }
+    return (
+        os.environ
+        | {name: str(value) for name, value in said.items()}
+        | {
+            "MASTER_ADDR": "127.0.0.1",
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "CUDA_VISIBLE_DEVICES": "",
+        }
+    )
 
 
 def main(arguments: list[str]) -> None:

@@ -18,7 +18,7 @@ from minitune import secrets, seeds
 from minitune.errors import UserError
 
 HELD, FAILED, NOT_RUN, NOT_MEANT = "ok", "FAILED", "not run", "-"
-WIDTHS = (46, 30)  # of what is checked, and of what against
+WIDTHS = (52, 31)  # of what is checked, and of what against
 EXACT = 1e-5  # relative to the largest value, fp32
 
 
