@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapter", metavar="NAME|FILE.py:CLASS")
     options = parser.parse_args(arguments)
-    from minitune.verify import verify
+    from minitune.verify.run import verify
 
     sys.exit(verify(options.adapter, lambda line: print(line, flush=True)))
 

@@ -1,55 +1,11 @@
 """The proof on this machine: minitune against its references, or one adapter variant against its own promises.
 
+    run.py       all of it, in order
     table.py     a check, its bound, and the table
     small.py     the small models, rows and steps that are checked on
-    itself.py    model, packing, accumulation, NF4 and merging;  bf16.py  what a GPU computes in
+    itself.py    model, packing, accumulation, NF4 and merging;  bf16.py  the dtype of GPUs
     peers.py     adapters against PEFT
     proof.py     one variant, by the four verbs alone;  given.py  a class in a file;  ranks.py  two processes
 
 transformers and PEFT are needed for what is held to them alone, and imported there.
 """
-
-from __future__ import annotations
-
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-
-import torch
-
-from minitune.adapters import ADAPTERS
-from minitune.verify import given, itself, peers, proof, small, table
-from minitune.verify.table import FAILED, Check
-
-Groups = Iterator[tuple[str, Iterable[Check]]]
-
-
-def verify(adapter: str | None, say: Callable[[str], None]) -> int:
-    """Check all of minitune, or one adapter variant, and tell; returns the exit code, 1 if anything failed.
-
-    Raises:
-        UserError: `adapter` names nothing that can be checked.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with tempfile.TemporaryDirectory(prefix="minitune-verify-") as made:
-        if adapter is None:
-            findings = table.show(everything(Path(made), device), say)
-        else:
-            with given.variant(adapter) as name:
-                findings = table.show(one_variant(name, adapter, Path(made), device), say)
-    return int(any(finding.state == FAILED for finding in findings))
-
-
-def everything(folder: Path, device: torch.device) -> Groups:
-    yield f"model ({device.type}, fp32)", itself.model_checks(folder, device)
-    yield "packing and accumulation", itself.packing_checks(folder, device)
-    yield "four bits", itself.nf4_checks(device)
-    yield "merging", itself.merge_checks(folder, device)
-    base = small.base(folder / "base")
-    for variant in ADAPTERS:
-        yield f"adapter {variant}", peers.checks(variant, base, folder / f"adapter-{variant}", device)
-
-
-def one_variant(name: str, spec: str, folder: Path, device: torch.device) -> Groups:
-    kind = ADAPTERS[name]
-    yield f"adapter {name}: {kind.__qualname__}", proof.checks(name, spec, folder, device)

@@ -69,7 +69,8 @@ def base(folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **chan
 
 def rows_file(path: Path) -> Path:
     """Two dozen rows whose answers have from one word to forty."""
-    draw, words = random.Random(0), ["red", "blue", "green", "lamp", "chair", "table", "order", "send", "please", "Alice", "Paris", "Friday"]
+    draw = random.Random(0)
+    words = ["red", "blue", "green", "lamp", "chair", "table", "order", "send", "please", "Alice", "Paris", "Friday"]
     rows = [
         {"prompt": f"Number {i}: ", "completion": " ".join(draw.choices(words, k=draw.choice([1, 2, 40])))}
         for i in range(24)
