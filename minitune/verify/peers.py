@@ -59,9 +59,14 @@ class Pair:
         return self.folder
 
     def models(self) -> tuple[Llama, nn.Module]:
-        if why := peft_reads(self.path):
-            raise NotMeant(f"PEFT has no such adapter: {why}")
         return small.built(self.cfg, self.device), self.theirs()
+
+    def trains_as_it_is_saved(self) -> bool:
+        """Whether what trains is what the folder holds; else it is handed over as another adapter, and PEFT has nothing
+        to compare its gradients with."""
+        ours = small.built(self.cfg, self.device)
+        saved = {tensor.data_ptr() for tensor in peft_format.state(ours).values()}
+        return all(p.data_ptr() in saved for p in ours.parameters() if p.requires_grad)
 
     def theirs(self) -> nn.Module:
         import peft
@@ -78,8 +83,6 @@ class Pair:
         twins = {p.data_ptr(): p for p in theirs.parameters()}
         said = {name: places.get(t.data_ptr()) for name, t in peft_format.state(ours).items()}
         said = {name: p for name, p in said.items() if p is not None}
-        if len(said) < len(places):
-            raise NotMeant("it is handed over as another adapter; its gradients are held to finite differences")
         saved = peft.get_peft_model_state_dict(theirs, save_embedding_layers=False)
         found = {name: twins[t.data_ptr()] for name, t in saved.items() if name in said}
         for parameter in theirs.parameters():
@@ -129,11 +132,11 @@ class Pair:
         return found
 
 
-def checks(variant: str, base: Path, folder: Path, device: torch.device) -> Iterator[Check]:
-    pair = Pair(small.recipe(base, variant), folder, device)
+def checks(variant: str, pair: Pair) -> Iterator[Check]:
     yield Check(f"{variant}: outputs", "PEFT", EXACT, pair.outputs, PACKAGES)
-    yield Check(f"{variant}: every gradient", "PEFT", EXACT, pair.gradients, PACKAGES)
-    yield Check(f"{variant}: ten AdamW steps", "PEFT", EXACT, pair.ten_steps, PACKAGES)
+    if pair.trains_as_it_is_saved():
+        yield Check(f"{variant}: every gradient", "PEFT", EXACT, pair.gradients, PACKAGES)
+        yield Check(f"{variant}: ten AdamW steps", "PEFT", EXACT, pair.ten_steps, PACKAGES)
     yield Check(f"{variant}: merged weights, of the update", "PEFT", EXACT, pair.merged, PACKAGES)
 
 

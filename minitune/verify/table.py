@@ -56,11 +56,15 @@ class Finding:
         return text + (f"  ({self.note})" if self.note else "")
 
 
+def absent(packages: Iterable[str]) -> list[str]:
+    """Which of these are not installed."""
+    return [name for name in packages if find_spec(name) is None]
+
+
 def run(check: Check) -> Finding:
     """Measure. What goes wrong on the way is a failure, except a package that is not there."""
-    absent = [name for name in check.needs if find_spec(name) is None]
-    if absent:
-        return Finding(check, NOT_RUN, note=f"pip install {' '.join(absent)}")
+    if lacking := absent(check.needs):
+        return Finding(check, NOT_RUN, note=f"pip install {' '.join(lacking)}")
     said = io.StringIO()  # what libraries and runs say while they work
     try:
         with (
@@ -102,9 +106,9 @@ def show(groups: Iterable[tuple[str, Iterable[Check]]], say: Callable[[str], Non
 
 def last_line(findings: list[Finding], seconds: float) -> str:
     count = {state: sum(f.state == state for f in findings) for state in (HELD, FAILED, NOT_RUN)}
-    absent = sorted({name for f in findings if f.state == NOT_RUN for name in f.check.needs if find_spec(name) is None})
+    lacking = absent(sorted({name for finding in findings for name in finding.check.needs}))
     text = f"{count[HELD]} held, {count[FAILED]} failed, {count[NOT_RUN]} not run"
-    return f"{text}{f' (pip install {chr(32).join(absent)})' if absent else ''}, in {seconds:.0f} s"
+    return f"{text}{f' (pip install {chr(32).join(lacking)})' if lacking else ''}, in {seconds:.0f} s"
 
 
 # ---- differences ---------------------------------------------------------------------------------------------------
