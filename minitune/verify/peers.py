@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune import adapters, peft_format
 from minitune.config import Config, ModelConfig
 from minitune.model import Llama
 from minitune.verify import small
-from minitune.verify.table import EXACT, Check, NotMeant, apart, worst
+from minitune.verify.table import EXACT, Check, NotMeant, apart, same, worst
 
 PACKAGES = ("transformers", "peft")
 
@@ -64,9 +65,10 @@ class Pair:
     def trains_as_it_is_saved(self) -> bool:
         """Whether what trains is what the folder holds; else it is handed over as another adapter, and PEFT has nothing
         to compare its gradients with."""
-        ours = small.built(self.cfg, self.device)
-        saved = {tensor.data_ptr() for tensor in peft_format.state(ours).values()}
-        return all(p.data_ptr() in saved for p in ours.parameters() if p.requires_grad)
+        ours, saved = small.built(self.cfg, self.device), load_file(self.path / peft_format.WEIGHTS)
+        named = peft_format.state(ours)
+        held = {t.data_ptr() for name, t in named.items() if name in saved and same(saved[name], t.cpu())}
+        return all(p.data_ptr() in held for p in ours.parameters() if p.requires_grad)
 
     def theirs(self) -> nn.Module:
         import peft
@@ -110,7 +112,7 @@ class Pair:
         is all rounding is chance."""
         ours, theirs, said, found = self.trained()
         before = {name: p.detach().clone() for name, p in said.items()}
-        options = {"lr": 1e-2, "weight_decay": 0.01, "eps": 1e-3}
+        options = {"lr": 1e-3, "weight_decay": 0.01, "eps": 1e-3}
         optimizers = [torch.optim.AdamW(list(p.values()), **options) for p in (said, found)]
         for step in range(10):
             losses(ours, theirs, step, self.device)
