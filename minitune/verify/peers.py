@@ -145,7 +145,8 @@ def checks(variant: str, pair: Pair) -> Iterator[Check]:
 def loads_or_refuses(cfg: Config, folder: Path, device: torch.device) -> float | tuple[float, str]:
     """A folder that PEFT loads as something else would be used wrongly without a word."""
     pair = Pair(cfg, folder / "adapter", device)
-    if (pair.path, why := peft_reads(pair.path))[1] and not loads(pair):
+    why = peft_reads(pair.path)
+    if why and not loads(pair):
         raise NotMeant(f"refused: {why.splitlines()[0][:90]}")
     tokens, _ = batch(0, device)
     with torch.no_grad():

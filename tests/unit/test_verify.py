@@ -1,6 +1,8 @@
 """Each check of a variant's proof can fail: a planted fault for each, caught by the check that is meant for it."""
 
+import importlib
 import random
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minitune import errors
 from minitune.adapters import ADAPTERS
 from minitune.adapters.lora import LoRALinear
 from minitune.config import LoRAConfig
 from minitune.errors import UserError
-from minitune.verify import given, proof, ranks, table
+from minitune.verify import given, proof, ranks, run, small, table
 from minitune.verify.run import verify
 from minitune.verify.table import FAILED, HELD, NOT_MEANT, NOT_RUN, Check, Finding
 
@@ -327,6 +330,33 @@ def test_ranks_that_compute_other_things_are_caught(write: Callable[[str], Path]
         for method, sharding in ranks.WAYS:
             finding = table.run(checks[f"2 ranks, {method}, sharding {sharding}"])
             assert finding.state == FAILED and finding.difference > 0.01, finding.line()
+
+
+def test_a_variant_that_peft_lacks_is_held_to_its_own_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ADAPTERS, "own", Own)
+    base = small.base(tmp_path / "base")
+    held = [check.what for check in run.adapter_checks("own", base, tmp_path, CPU)]
+    assert held[: len(OF_A_LAYER)] == OF_A_LAYER and len(held) > 20
+    assert [check.against for check in run.adapter_checks("lora", base, tmp_path, CPU)] == ["PEFT"] * 4
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        (OWN, 0),
+        (OWN + "        def merged_weight(self, weight):\n            return weight", 1),
+        ("no Python", 2),
+    ],
+)
+def test_exit_codes(text: str, code: int, write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of scripts/verify.py, with the checks of a layer alone: those of a model take their time elsewhere."""
+    monkeypatch.setattr(proof, "model_checks", lambda *_: iter(()))
+    monkeypatch.setattr(sys, "argv", ["verify.py", "--adapter", f"{write(text)}:MyLinear"])
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "scripts"))
+    script = importlib.import_module("verify")
+    with pytest.raises(SystemExit) as ended:
+        errors.run(script.main)
+    assert (ended.value.code or 0) == code
 
 
 @pytest.mark.slow
