@@ -39,7 +39,7 @@ def variant(spec: str) -> Iterator[str]:
     if ".py" not in spec and ":" not in spec:
         if spec not in ADAPTERS:
             near = get_close_matches(spec, ADAPTERS, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "."
             raise UserError(
                 f"--adapter: no variant is called {spec}; there are {', '.join(ADAPTERS)}{hint} "
                 "A class of your own is named as path/to/file.py:MyLinear"
