@@ -18,7 +18,7 @@ from minitune.config import Config
 from minitune.errors import UserError
 from minitune.model import Llama
 from minitune.nf4 import NF4Linear
-from minitune.precision import DTYPES
+from minitune.precision import DTYPES, rounded
 
 CPU = torch.device("cpu")
 
@@ -88,7 +88,7 @@ def merged_tensors(
             trained_on = through_four_bits(trained_on)
         weight = trained_on if base == "dequantized" else original
         exact = adapted[name].merged_weight(weight.double()) if name in adapted else weight
-        merged = exact.to(target)
+        merged = rounded(exact, target)
         if not merged.isfinite().all():
             raise UserError(f"{name} has weights that {target} cannot hold; choose another --dtype")
         if name not in adapted:
