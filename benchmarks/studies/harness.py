@@ -261,7 +261,8 @@ def main(name: str, study: Callable[[Bench], Finding]) -> None:
         "versions": versions(),
         "command": " ".join(["python", f"benchmarks/studies/{name}.py", *asked(options)]),
     }
-    files.write_json(options.out / f"{name}.json", told)
+    nowhere = json.loads(json.dumps(told).replace(str(bench.folder), "FOLDER"))  # results name no path of a machine
+    files.write_json(options.out / f"{name}.json", nowhere)
     files.write_text(options.out / f"{name}.svg", draw(finding.figure))
     say(finding.sentence)
 
