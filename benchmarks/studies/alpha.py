@@ -22,11 +22,13 @@ def study(bench: Bench) -> Finding:
         f"{alpha}: {arm.mean:.3g} +- {arm.spread:.1g} at {arm.learning_rate:g}" for alpha, arm in best.items()
     )
     apart = max(arm.mean for arm in best.values()) / min(arm.mean for arm in best.values()) - 1
+    middle = len(rates) // 2
+    fixed = max(row[middle].mean for row in grid.values()) / min(row[middle].mean for row in grid.values()) - 1
     return Finding(
         "Must alpha be tuned besides the learning rate?",
         f"Best held-out loss on {task.words} by alpha (r 16): {said}. Each alpha at its own best rate, the losses are "
-        f"{apart:.1%} apart; at one fixed rate alpha decides far more. AdamW's steps do not grow with the gradient, so "
-        "alpha scales how far a step moves the weight, as the rate does, but not the same way early, when B is zero. "
+        f"{apart:.1%} apart; all at the one rate {rates[middle]:g}, {fixed:.1%}. "
+        "AdamW's steps do not grow with the gradient, so alpha scales how far a step moves the weight, as the rate does, but not the same way early, when B is zero. "
         f"One rank, one task, {task.steps} steps.",
         [arm for row in grid.values() for arm in row],
         Figure(

@@ -28,7 +28,7 @@ def study(bench: Bench) -> Finding:
         "Is QLoRA within 1-2 % of LoRA?",
         "QLoRA in place of LoRA, the same adapter and seeds: "
         + "; ".join(said)
-        + ". Four bits cost a small model's narrow layers more than a large one's, so this bounds nothing at 8B.",
+        + ". A model of 2M parameters, trained for so short a time, bounds nothing at 8B.",
         arms,
         Figure("QLoRA against LoRA", "method", "% above LoRA's mean loss", ["lora", "qlora"], series, (0, "LoRA")),
         more,

@@ -27,7 +27,7 @@ def study(bench: Bench) -> Finding:
         gained = ", ".join(f"{mean(some):.1f} %" for some in list(shares.values())[:-1])
         exact = ""
         if full.exact:
-            exact = f"; of the answers, {mean(full.exact):.0%} are exactly right after full, " + ", ".join(
+            exact = f"; of the answers {mean(full.exact):.0%} are exactly right after full, " + ", ".join(
                 f"{mean(arm.exact):.0%} at {arm.arm}" for arm in loras
             )
         said.append(f"on {task.words} {gained} (loss {full.mean:.3g} after full, {before:.3g} before{exact})")
@@ -35,7 +35,8 @@ def study(bench: Bench) -> Finding:
         "Does LoRA reach 90-98 % of full fine-tuning, and from which rank?",
         f"LoRA at rank {', '.join(map(str, ranks))} gains of what full fine-tuning gains in held-out loss: "
         + "; ".join(said)
-        + ". The share is of a loss, not of a benchmark's score, in one short run of a model of 2M parameters whose "
+        + ". So it depends on what is counted: a share of the loss flatters an arm whose answers are not right yet. "
+        "This is one short run of a model of 2M parameters whose "
         "full fine-tuning trains the (tied) embedding as well; of larger models and longer training it says nothing.",
         arms,
         Figure(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import Start
 from safetensors.torch import load_file
 
 from minitune import shards
 from minitune.merge import through_four_bits
-from tests.runs.conftest import Start
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "explain.py"
 
