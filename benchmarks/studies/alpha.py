@@ -28,7 +28,8 @@ def study(bench: Bench) -> Finding:
         "Must alpha be tuned besides the learning rate?",
         f"Best held-out loss on {task.words} by alpha (r 16): {said}. Each alpha at its own best rate, the losses are "
         f"{apart:.1%} apart; all at the one rate {rates[middle]:g}, {fixed:.1%}. "
-        "AdamW's steps do not grow with the gradient, so alpha scales how far a step moves the weight, as the rate does, but not the same way early, when B is zero. "
+        "AdamW's steps do not grow with the gradient, so alpha scales how far a step moves the weight, "
+        "as the rate does, but not the same way early, when B is zero. "
         f"One rank, one task, {task.steps} steps.",
         [arm for row in grid.values() for arm in row],
         Figure(
