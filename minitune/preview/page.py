@@ -89,14 +89,19 @@ LEARNED = 4000
 
 def html(preview: Preview) -> str:
     """The whole page."""
+    return document("Data preview", body(preview))
+
+
+def document(title: str, parts: Iterable[str]) -> str:
+    """A page of these parts, which needs nothing but itself."""
     return "".join(
         [
             '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n',
             f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n',
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n',
-            f'<meta name="referrer" content="no-referrer">\n<title>Data preview</title>\n<style>{STYLE}</style>\n',
+            f'<meta name="referrer" content="no-referrer">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>\n',
             "</head>\n<body>\n",
-            *(f"{part}\n" for part in body(preview)),
+            *(f"{part}\n" for part in parts),
             "</body>\n</html>\n",
         ]
     )

@@ -22,7 +22,7 @@ FLOORS = [
     ["pretrained", "peft_format", "checkpoint", "saver"],
     ["build", "runs"],
     ["merge", "generate"],
-    ["step", "samples", "preview"],
+    ["step", "samples", "preview", "explain"],
     ["train"],
     ["verify"],
     ["scripts"],
