@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from minitune import files
-from minitune.adapters import ADAPTERS, adapters, last_name
-from minitune.config import LINEARS, LoRAConfig, ModelConfig
+from minitune.adapters import ADAPTERS, adapters
+from minitune.config import LINEARS, LoRAConfig, ModelConfig, what_is_wrong
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
 from minitune.header import open_tensors, read_header
@@ -29,17 +29,20 @@ PLAIN: dict[str, Any] = {  # keys that change what an adapter computes, with the
     "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "modules_to_save": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
     "layer_replication": None,
     "trainable_token_indices": None,
     "target_parameters": None,
-    "exclude_modules": None,
 }
-READ = ("base_model_name_or_path", "revision", "r", "lora_alpha", "target_modules")
+SHAPE = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+READ = ("base_model_name_or_path", "revision", "r", "lora_alpha", *SHAPE)
 IGNORED = (  # keys that change nothing in a trained adapter
     "task_type",
     "inference_mode",
@@ -69,11 +72,35 @@ def save(folder: Path, model: nn.Module, lora: LoRAConfig, base: ModelConfig) ->
         "r": lora.r,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": sorted(lora.target_modules),
+        **shape(lora),
     }
     with files.new_folder(folder) as part:
         files.write_tensors(part / WEIGHTS, state(model))
         files.write_json(part / CONFIG, config)
+
+
+def shape(lora: LoRAConfig) -> dict[str, Any]:
+    """The keys that say which modules are adapted, and with which rank and alpha."""
+    targets = LINEARS if lora.target_modules == "all-linear" else lora.target_modules
+    return {
+        "target_modules": listed(targets),
+        "exclude_modules": listed(lora.exclude_modules) or None,
+        "layers_to_transform": list(lora.layers_to_transform) or None,
+        "layers_pattern": None,
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+    }
+
+
+def listed(names: str | tuple[str, ...]) -> str | list[str]:
+    return names if isinstance(names, str) else sorted(names)
+
+
+def vllm_limits(lora: LoRAConfig) -> str | None:
+    """What vLLM would do wrong with an adapter folder of this shape, or None."""
+    if lora.rank_pattern or lora.alpha_pattern:
+        return "vLLM ignores rank_pattern and alpha_pattern and would scale this adapter wrongly; merge it for vLLM"
+    return None
 
 
 def load(folder: Path, model: nn.Module) -> None:
@@ -125,9 +152,6 @@ def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
     if problems:
         listed = ", ".join(f"{key} = {values[key]!r}" for key in problems)
         raise UserError(f"{path}: this kind of adapter is not supported: {listed}")
-    targets = values.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets) or not targets:
-        raise UserError(f"{path}: target_modules must be a list of module names, here it is {targets!r}")
     r, alpha, base = values.get("r"), values.get("lora_alpha"), values.get("base_model_name_or_path")
     revision = values.get("revision") or ""
     if (
@@ -144,16 +168,39 @@ def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
         raise UserError(f"{path}: base_model_name_or_path is missing, so the base of this adapter is unknown")
     if not isinstance(revision, str):
         raise UserError(f"{path}: revision is {revision!r} where a branch, tag or commit is needed")
-    if unknown := sorted({last_name(target) for target in targets} - {*LINEARS, "lm_head"}):
-        raise UserError(
-            f"{path}: target_modules names {', '.join(unknown)[:200]}, which no linear of a Llama is called"
-        )
+    chosen = read_shape(values, path)
+    ranks = {r, *chosen["rank_pattern"].values()}
     for name, entry in read_header(inside(folder, WEIGHTS)).items():  # before anything takes memory for this rank
-        if name.endswith(".lora_A.weight") and entry.shape[:1] != (r,):
-            raise UserError(f"{path} says r = {r}, but {name} in {WEIGHTS} is {entry.shape}")
-    names = tuple(sorted({last_name(target) for target in targets}))
-    lora = LoRAConfig(variant=variant, r=r, alpha=alpha, dropout=0.0, target_modules=names)
+        if name.endswith(".lora_A.weight") and entry.shape[0] not in ranks:
+            said_so = " or ".join(map(str, sorted(ranks)))
+            raise UserError(f"{path} says r = {said_so}, but {name} in {WEIGHTS} is {entry.shape}")
+    lora = LoRAConfig(variant=variant, r=r, alpha=alpha, dropout=0.0, **chosen)
     return lora, ModelConfig(path=base, revision=revision)
+
+
+def read_shape(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Which modules an adapter_config.json is about, as fields of LoRAConfig, each held to the rules of its key."""
+    layers, pattern = values.get("layers_to_transform"), values.get("layers_pattern")
+    if pattern not in (None, "", [], "layers", ["layers"]):
+        raise UserError(f"{path}: layers_pattern is {str(pattern)[:100]!r}; the layers of a Llama are called layers")
+    targets = values.get("target_modules")
+    if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
+        raise UserError(f"{path}: target_modules must be a list of module names, here it is {str(targets)[:200]}")
+    said = {
+        "target_modules": sorted(set(targets)) if isinstance(targets, list) else targets,
+        "exclude_modules": values.get("exclude_modules") or [],
+        "layers_to_transform": [layers] if type(layers) is int else layers or [],
+        "rank_pattern": values.get("rank_pattern") or {},
+        "alpha_pattern": values.get("alpha_pattern") or {},
+    }
+    for key, value in said.items():
+        if complaint := what_is_wrong(f"lora.{key}", value):
+            raise UserError(f"{path}: {key} {complaint}")
+    if any(rank > HIGHEST_RANK for rank in said["rank_pattern"].values()):
+        raise UserError(f"{path}: rank_pattern asks for a rank above {HIGHEST_RANK}")
+    if isinstance(targets, str) and said["layers_to_transform"]:
+        raise UserError(f"{path}: layers_to_transform goes with a list of target_modules, not with an expression")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
 
 
 def says(values: dict[str, Any], variant: dict[str, object]) -> bool:

@@ -119,7 +119,7 @@ def by_hand_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple
     D, F = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim  # of attention's output
     qkv = heads + 2 * config.num_key_value_heads * config.head_dim
-    thin = 0 if cfg.method == "full" else 7 * cfg.lora.r
+    thin = 0 if cfg.method == "full" else 7 * max(cfg.lora.r, *cfg.lora.rank_pattern.values(), 1)
     scores = 4 * config.num_attention_heads  # log-sum-exp, fp32
     inputs = width * (D + thin)
     attention = inputs + width * heads + scores

@@ -8,13 +8,14 @@ A variant is a module class with four verbs:
                              computed in the dtype of `weight`
 and two tables for PEFT's files: PEFT_NAMES, from the names of its parameters (which lie directly on the module) to
 those in the file, and PEFT_CONFIG, the keys of adapter_config.json that say which variant it is. Freezing, saving,
-resuming, merging and export follow from these.
+resuming, merging and export follow from these. Which modules get one, with which rank and alpha: `targets.py`.
 """
 
 import torch
 from torch import nn
 
 from minitune import seeds, surgery
+from minitune.adapters import targets
 from minitune.adapters.lora import LoRALinear
 from minitune.config import LoRAConfig
 from minitune.errors import UserError
@@ -25,27 +26,25 @@ ADAPTERS: dict[str, type[LoRALinear]] = {
 
 
 def attach(model: nn.Module, cfg: LoRAConfig) -> list[str]:
-    """Freeze the model and put an adapter around each linear whose last name is in cfg.target_modules.
+    """Freeze the model and put an adapter around each module that `targets.choose` chooses.
 
     Returns the names of the adapted modules. Raises UserError for a target that matches nothing, and for an
     adapter on a head that shares its weight with the embedding (merging it would change the embedding too).
     """
     model.requires_grad_(False)
-    if "lm_head" in cfg.target_modules and model.config.tie_word_embeddings:
+    chosen = targets.choose(model, cfg)
+    if "lm_head" in chosen and model.config.tie_word_embeddings:
         raise UserError(
             "lora.target_modules: this model's lm_head is tied to its embedding and cannot be adapted alone; "
             "leave it out"
         )
+    name_of = {module: name for name, module in model.named_modules()}
     make = ADAPTERS[cfg.variant]
-    names = surgery.replace(
+    return surgery.replace(
         model,
-        lambda name, leaf: last_name(name) in cfg.target_modules,
-        lambda leaf: make(leaf, cfg).train(leaf.training),
+        lambda name, leaf: name in chosen,
+        lambda leaf: make(leaf, chosen[name_of[leaf]]).train(leaf.training),
     )
-    missing = [target for target in cfg.target_modules if target not in map(last_name, names)]
-    if missing:
-        raise UserError(f"lora.target_modules: no module of this model is named {', '.join(missing)}")
-    return names
 
 
 def reset(model: nn.Module, seed: int) -> None:

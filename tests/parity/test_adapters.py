@@ -413,14 +413,12 @@ def load(base: Path, folder: Path) -> Llama:
     [
         ("use_dora", True),
         ("use_rslora", True),
-        ("rank_pattern", {"q_proj": 8}),
-        ("alpha_pattern", {"q_proj": 8}),
         ("modules_to_save", ["lm_head"]),
         ("bias", "lora_only"),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
-        ("layers_to_transform", [0]),
         ("layer_replication", [[0, 2]]),
+        ("layers_pattern", "h"),
         ("trainable_token_indices", [5]),
         ("target_parameters", ["mlp.experts"]),
         ("peft_type", "IA3"),
@@ -443,7 +441,6 @@ def test_other_kinds_of_adapter_are_refused_by_name(base: Path, folder: Path, ke
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("target_modules", "all-linear"),
         ("target_modules", []),
         ("target_modules", [3]),
         ("r", 0),
