@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minitune import files
 from minitune.adapters import ADAPTERS, adapters
+from minitune.adapters.whole import TrainedCopy
 from minitune.config import LINEARS, LoRAConfig, ModelConfig, what_is_wrong
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
@@ -29,9 +30,7 @@ PLAIN: dict[str, Any] = {  # keys that change what an adapter computes, with the
     "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
-    "modules_to_save": None,
     "layer_replication": None,
-    "trainable_token_indices": None,
     "target_parameters": None,
 }
 SHAPE = (
@@ -41,6 +40,8 @@ SHAPE = (
     "layers_pattern",
     "rank_pattern",
     "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
 )
 READ = ("base_model_name_or_path", "revision", "r", "lora_alpha", *SHAPE)
 IGNORED = (  # keys that change nothing in a trained adapter
@@ -60,7 +61,8 @@ INITS = (True, False, "gaussian", "eva", "orthogonal")  # the others (PiSSA, ...
 
 
 def save(folder: Path, model: nn.Module, lora: LoRAConfig, base: ModelConfig) -> None:
-    """Write the adapters of `model` (variant, r, alpha and targets as in `lora`) as an adapter folder, all in fp32."""
+    """Write the adapters of `model` (variant, r, alpha and targets as in `lora`) as an adapter folder, all in fp32, but
+    what trains whole in the dtype that it computes in."""
     config = {
         **PLAIN,
         **ADAPTERS[lora.variant].PEFT_CONFIG,
@@ -73,14 +75,16 @@ def save(folder: Path, model: nn.Module, lora: LoRAConfig, base: ModelConfig) ->
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
         **shape(lora),
+        "ensure_weight_tying": any(isinstance(each, TrainedCopy) and each.twin for each in adapters(model).values()),
     }
     with files.new_folder(folder) as part:
-        files.write_tensors(part / WEIGHTS, state(model))
+        files.write_tensors(part / WEIGHTS, {**state(model), **copies(model)})
         files.write_json(part / CONFIG, config)
 
 
 def shape(lora: LoRAConfig) -> dict[str, Any]:
     """The keys that say which modules are adapted, and with which rank and alpha."""
+    rows = lora.trainable_token_indices or ()
     targets = LINEARS if lora.target_modules == "all-linear" else lora.target_modules
     return {
         "target_modules": listed(targets),
@@ -89,6 +93,8 @@ def shape(lora: LoRAConfig) -> dict[str, Any]:
         "layers_pattern": None,
         "rank_pattern": lora.rank_pattern,
         "alpha_pattern": lora.alpha_pattern,
+        "modules_to_save": list(lora.modules_to_save) or None,
+        "trainable_token_indices": rows if isinstance(rows, dict) else list(rows) or None,
     }
 
 
@@ -98,6 +104,8 @@ def listed(names: str | tuple[str, ...]) -> str | list[str]:
 
 def vllm_limits(lora: LoRAConfig) -> str | None:
     """What vLLM would do wrong with an adapter folder of this shape, or None."""
+    if lora.modules_to_save or lora.trainable_token_indices:
+        return "vLLM refuses adapters with modules_to_save or trainable_token_indices; merge this one for vLLM"
     if lora.rank_pattern or lora.alpha_pattern:
         return "vLLM ignores rank_pattern and alpha_pattern and would scale this adapter wrongly; merge it for vLLM"
     return None
@@ -122,7 +130,11 @@ def load(folder: Path, model: nn.Module) -> None:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
     with torch.no_grad(), open_tensors(path) as file:
+        filled: dict[int, str] = {}
         for name, place in places.items():
+            twin = filled.setdefault(place.data_ptr(), name)
+            if twin != name and not torch.equal(file.get_tensor(twin), file.get_tensor(name)):
+                raise UserError(f"{path}: {name} and {twin} differ, and the model ties them; this adapter unties it")
             place.copy_(file.get_tensor(name))
             if not place.isfinite().all():
                 raise UserError(f"{path}: {name} holds values that are no numbers (NaN or infinity)")
@@ -130,14 +142,25 @@ def load(folder: Path, model: nn.Module) -> None:
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's name -> tensor, for every parameter of every adapter."""
-    for adapter in adapters(model).values():
-        own = {name for name, _ in adapter.named_parameters(recurse=False)}
+    tensors = {}
+    for name, adapter in adapters(model).items():
+        owner = adapter.twin[0] if isinstance(adapter, TrainedCopy) and adapter.twin else adapter
+        own = {each for each, _ in owner.named_parameters(recurse=False)}
         assert own == adapter.PEFT_NAMES.keys(), f"{type(adapter).__name__}.PEFT_NAMES must name {own}"
-    return {
-        f"{PREFIX}{name}.{peft_name}": getattr(adapter, own).detach()
+        for each, peft_name in adapter.PEFT_NAMES.items():
+            tensors[f"{PREFIX}{name}.{peft_name}"] = getattr(owner, each).detach()
+    return tensors
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    """Of the modules that train whole, what `state` has of them, in the dtype that they compute in."""
+    kept = state(model)
+    dtypes = {
+        f"{PREFIX}{name}.weight": adapter.base.weight.dtype
         for name, adapter in adapters(model).items()
-        for own, peft_name in adapter.PEFT_NAMES.items()
+        if isinstance(adapter, TrainedCopy)
     }
+    return {name: kept[name].to(dtype) for name, dtype in dtypes.items()}
 
 
 def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
@@ -192,6 +215,8 @@ def read_shape(values: dict[str, Any], path: Path) -> dict[str, Any]:
         "layers_to_transform": [layers] if type(layers) is int else layers or [],
         "rank_pattern": values.get("rank_pattern") or {},
         "alpha_pattern": values.get("alpha_pattern") or {},
+        "modules_to_save": sorted(set(values.get("modules_to_save") or [])),
+        "trainable_token_indices": values.get("trainable_token_indices") or [],
     }
     for key, value in said.items():
         if complaint := what_is_wrong(f"lora.{key}", value):

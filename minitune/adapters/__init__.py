@@ -16,9 +16,11 @@ from torch import nn
 
 from minitune import seeds, surgery
 from minitune.adapters import targets
+from minitune.adapters.embedding import LoRAEmbedding
 from minitune.adapters.lora import LoRALinear
+from minitune.adapters.rows import TokenRows
+from minitune.adapters.whole import TrainedCopy
 from minitune.config import LoRAConfig
-from minitune.errors import UserError
 
 ADAPTERS: dict[str, type[LoRALinear]] = {
     "lora": LoRALinear,
@@ -28,23 +30,31 @@ ADAPTERS: dict[str, type[LoRALinear]] = {
 def attach(model: nn.Module, cfg: LoRAConfig) -> list[str]:
     """Freeze the model and put an adapter around each module that `targets.choose` chooses.
 
-    Returns the names of the adapted modules. Raises UserError for a target that matches nothing, and for an
-    adapter on a head that shares its weight with the embedding (merging it would change the embedding too).
+    Returns the names of the modules that train. Raises UserError for what matches nothing or cannot be adapted, as a
+    head that shares its weight with the embedding (merging it would change the embedding too).
     """
     model.requires_grad_(False)
     chosen = targets.choose(model, cfg)
-    if "lm_head" in chosen and model.config.tie_word_embeddings:
-        raise UserError(
-            "lora.target_modules: this model's lm_head is tied to its embedding and cannot be adapted alone; "
-            "leave it out"
-        )
     name_of = {module: name for name, module in model.named_modules()}
-    make = ADAPTERS[cfg.variant]
-    return surgery.replace(
-        model,
-        lambda name, leaf: name in chosen,
-        lambda leaf: make(leaf, chosen[name_of[leaf]]).train(leaf.training),
-    )
+    tied, twins = model.config.tie_word_embeddings, {}
+
+    def make(leaf: nn.Module) -> nn.Module:
+        name = name_of[leaf]
+        twin = twins.get(tied and name.endswith("lm_head"))  # the embedding comes first in the model
+        if name in chosen.whole:
+            made = TrainedCopy(leaf, cfg, twin)
+        elif name in chosen.rows:
+            made = TokenRows(leaf, cfg, chosen.rows[name], twin)
+        elif isinstance(leaf, nn.Embedding):
+            made = LoRAEmbedding(leaf, chosen.adapted[name])
+        else:
+            made = ADAPTERS[cfg.variant](leaf, chosen.adapted[name])
+        if name.endswith("embed_tokens"):
+            twins[True] = made
+        return made.train(leaf.training)
+
+    asked = {*chosen.adapted, *chosen.whole, *chosen.rows}
+    return surgery.replace(model, lambda name, leaf: name in asked, make)
 
 
 def reset(model: nn.Module, seed: int) -> None:
@@ -57,7 +67,7 @@ def reset(model: nn.Module, seed: int) -> None:
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """The adapters of a model by the name of the linear each one wraps."""
-    kinds = tuple(ADAPTERS.values())
+    kinds = (*ADAPTERS.values(), LoRAEmbedding, TrainedCopy, TokenRows)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 

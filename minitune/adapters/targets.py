@@ -1,4 +1,4 @@
-"""Which modules of a model are adapted, with which rank and alpha.
+"""Which modules of a model are adapted, with which rank and alpha; which train whole, and of which a few rows.
 
 Keys and rules are PEFT's (its LoraConfig), so that an adapter folder means the same in both. What PEFT passes over, a
 name or a pattern that matches nothing, is refused: it would train something else than was asked for.
@@ -9,11 +9,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
-from minitune.config import LINEARS, LoRAConfig
+from minitune.config import ENDS, LINEARS, LoRAConfig
 from minitune.errors import UserError
 
 SECONDS = 3  # in which all expressions must have met all names
@@ -28,27 +28,43 @@ except (re.error, RecursionError, OverflowError, MemoryError):
 """
 
 
-def choose(model: nn.Module, cfg: LoRAConfig) -> dict[str, LoRAConfig]:
-    """Full name of each module that gets an adapter -> `cfg` with the rank and alpha of that one.
+@dataclass(frozen=True)
+class Chosen:
+    """Modules by their full names."""
+
+    adapted: dict[str, LoRAConfig]  # each with the rank and alpha of its own adapter
+    whole: tuple[str, ...]  # that train as they are
+    rows: dict[str, tuple[int, ...]]  # the tokens whose rows train
+
+
+def choose(model: nn.Module, cfg: LoRAConfig) -> Chosen:
+    """What `cfg` asks for on this model.
 
     Raises:
         UserError: a name or pattern that matches nothing, or what cannot be adapted; the message begins with the key.
     """
-    modules = dict(model.named_modules())
+    modules, tied = dict(model.named_modules()), model.config.tie_word_embeddings
     del modules[""]
     names = list(modules)
-    for key in ("modules_to_save", "trainable_token_indices"):
-        if getattr(cfg, key):
-            raise UserError(f"lora.{key}: not trained yet beside adapters; leave it out, or set method = 'full'")
     found = matched(cfg, names)
 
+    whole, rows = kept_whole(modules, cfg, tied), token_rows(modules, cfg, tied)
     asked = targets(cfg, names, found)
-    adapted = [name for name in asked if name not in excluded(cfg, names, found)]
+    adapted = [name for name in asked if name not in excluded(cfg, names, found) | within(cfg, names)]
     for name in adapted:
-        if not hasattr(modules[name], "in_features"):
+        if name in whole or name in rows:
+            raise UserError(f"lora.target_modules: {name} is adapted and trains in another way too; leave it out")
+        if tied and name.endswith(ENDS):
+            raise UserError(
+                "lora.target_modules: this model's lm_head is tied to its embedding, and neither can be adapted alone; "
+                f"leave {name} out"
+            )
+        if isinstance(modules[name], nn.Embedding) and cfg.variant != "lora":
+            raise UserError(f"lora.target_modules: {cfg.variant} has no form for an embedding; leave {name} out")
+        if not hasattr(modules[name], "in_features") and not isinstance(modules[name], nn.Embedding):
             raise UserError(f"lora.target_modules: {name} is a {type(modules[name]).__name__}, and no linear")
     if not adapted:
-        raise UserError("lora.target_modules: nothing is left to adapt; all that it names is excluded")
+        raise UserError("lora.target_modules: nothing is left to adapt; all that it names is excluded or saved whole")
 
     ranks = {name: first(cfg.rank_pattern, name, found, "rank_pattern", cfg.r) for name in adapted}
     alphas = {name: first(cfg.alpha_pattern, name, found, "alpha_pattern", cfg.alpha) for name in adapted}
@@ -56,7 +72,55 @@ def choose(model: nn.Module, cfg: LoRAConfig) -> dict[str, LoRAConfig]:
         for pattern in getattr(cfg, key):
             if not found[ending(pattern)] & set(adapted):
                 raise UserError(f"lora.{key}: no adapted module's name ends in {pattern[:200]!r}")
-    return {name: replace(cfg, r=ranks[name], alpha=alphas[name]) for name in adapted}
+    return Chosen({name: replace(cfg, r=ranks[name], alpha=alphas[name]) for name in adapted}, whole, rows)
+
+
+def kept_whole(modules: dict[str, nn.Module], cfg: LoRAConfig, tied: bool) -> tuple[str, ...]:
+    """The modules whose names end in one of cfg.modules_to_save; a tied pair goes together, the embedding first."""
+    for said in cfg.modules_to_save:
+        if not re.fullmatch(r"[\w.]+", said) or not any(name.endswith(said) for name in modules):
+            raise UserError(f"lora.modules_to_save: no module's name ends in {said[:200]!r}")
+    whole = [name for name in modules if cfg.modules_to_save and name.endswith(cfg.modules_to_save)]
+    for name in whole:
+        if list(modules[name].children()) or type(getattr(modules[name], "weight", None)) is not nn.Parameter:
+            kind = type(modules[name]).__name__
+            why = "a four-bit one cannot train; set method = 'lora'" if kind == "NF4Linear" else "it has no weight"
+            raise UserError(f"lora.modules_to_save: {name} is a {kind}, and {why}")
+        if getattr(modules[name], "bias", None) is not None:
+            raise UserError(f"lora.modules_to_save: {name} has a bias, which is not merged; leave it out")
+    if tied and any(name.endswith(ENDS) for name in whole):
+        pair = [next(name for name in modules if name.endswith(end)) for end in ENDS]
+        whole = [*pair, *(name for name in whole if name not in pair)]
+    return tuple(whole)
+
+
+def token_rows(modules: dict[str, nn.Module], cfg: LoRAConfig, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Embedding or head -> the tokens whose rows train; of a tied pair both, the embedding first."""
+    said = cfg.trainable_token_indices
+    said = said if isinstance(said, dict) else {"embed_tokens": said} if said else {}
+    rows = {}
+    for end, tokens in said.items():
+        name = next((name for name in modules if end and name.endswith(end)), "")
+        if not name.endswith(ENDS) or not tokens:
+            raise UserError(f"lora.trainable_token_indices: {end!r} must be embed_tokens or lm_head, with some tokens")
+        V = len(modules[name].weight)
+        if max(tokens) >= V:
+            raise UserError(
+                f"lora.trainable_token_indices: the model has rows for the tokens 0 to {V - 1}, and none for "
+                f"{max(tokens)}; give its embedding and head more rows first (transformers' resize_token_embeddings)"
+            )
+        rows[name] = tuple(tokens)
+    if tied and rows:
+        if len(set(rows.values())) > 1 or not any(name.endswith("embed_tokens") for name in rows):
+            raise UserError("lora.trainable_token_indices: lm_head is tied to embed_tokens; name its tokens there")
+        pair = [next(name for name in modules if name.endswith(end)) for end in ENDS]
+        rows = dict.fromkeys(pair, next(iter(rows.values())))
+    return rows
+
+
+def within(cfg: LoRAConfig, names: list[str]) -> set[str]:
+    """What cfg.modules_to_save keeps from being adapted: each as parts of a name, and what is inside."""
+    return {name for name in names if any(f".{saved}." in f".{name}." for saved in cfg.modules_to_save)}
 
 
 def targets(cfg: LoRAConfig, names: list[str], found: dict[str, set[str]]) -> list[str]:

@@ -10,10 +10,11 @@ import peft_reference as ref
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from minitune import adapters, merge, peft_format, pretrained
 from minitune.adapters import targets
-from minitune.config import LINEARS, LoRAConfig, ModelConfig, load_config
+from minitune.config import LINEARS, LoRAConfig, ModelConfig, dump, load_config
 from minitune.errors import UserError
 from minitune.model import Llama
 
@@ -163,9 +164,11 @@ def test_merging_minds_the_patterns(base: Path, tmp_path: Path) -> None:
         ({"target_modules": "q_proj"}, "whole name"),
         ({"target_modules": r".*\.layers\.0"}, "is a Block"),
         ({"target_modules": ".*norm"}, "is a RMSNorm"),
-        ({"target_modules": ("embed_tokens",)}, "is a Embedding"),
-        ({"modules_to_save": ("lm_head",)}, "modules_to_save"),
-        ({"trainable_token_indices": (5,)}, "trainable_token_indices"),
+        ({"modules_to_save": ("mlp",)}, "modules_to_save.*MLP"),
+        ({"modules_to_save": ("w_pack",)}, "modules_to_save.*w_pack"),
+        ({"trainable_token_indices": (5, ref.VOCAB)}, "rows for the tokens 0 to 130, and none for 131"),
+        ({"trainable_token_indices": {"q_proj": [5]}}, "trainable_token_indices.*q_proj"),
+        ({"trainable_token_indices": (5,), "target_modules": ("embed_tokens",)}, "another way"),
         ({"rank_pattern": {"a)|(b": 3}}, "rank_pattern"),
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
     ],
@@ -188,6 +191,163 @@ def test_an_expression_that_never_ends_is_stopped(base: Path, monkeypatch: pytes
     assert len(adapters.attach(model, config({"target_modules": r"(\w+\.)+q_proj"}))) == 3
 
 
+# ---- the embedding, the head, whole modules, rows ------------------------------------------------------------------
+
+BESIDE: dict[str, dict[str, object]] = {
+    "lora on embedding and head": {
+        "target_modules": ("embed_tokens", "lm_head", "v_proj"),
+        "rank_pattern": {"embed_tokens": 3},
+    },
+    "embedding and head whole": {"modules_to_save": ("embed_tokens", "lm_head")},
+    "every norm": {"modules_to_save": ("norm",)},
+    "a linear of each block": {"modules_to_save": ("q_proj",)},
+    "rows of the embedding": {"trainable_token_indices": (60, 5, 17)},
+    "rows of both": {"trainable_token_indices": {"embed_tokens": [60, 5], "lm_head": [9, 60, 4]}},
+}
+TIED: dict[str, dict[str, object]] = {
+    "embedding and head whole": {"modules_to_save": ("embed_tokens",)},
+    "rows of both": {"trainable_token_indices": (60, 5, 17)},
+}
+CASES = [(False, shape) for shape in BESIDE.values()] + [(True, shape) for shape in TIED.values()]
+NAMES = [*BESIDE, *(f"tied: {name}" for name in TIED)]
+
+
+@pytest.fixture(scope="module")
+def tied_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return ref.base_folder(tmp_path_factory.mktemp("tied") / "model", tied=True)
+
+
+def peft_name(name: str) -> str:
+    """Of a trained parameter of PEFT's, as the file has it."""
+    name = name.replace(".modules_to_save.default", "").replace(".default.weight", ".weight")
+    return name.removesuffix(".default")
+
+
+def beside(folder: Path, shape: dict[str, object], tied: bool) -> tuple[Llama, peft.PeftModel, LoRAConfig]:
+    """A model and PEFT's, with the same numbers in all that trains, none of them where it started."""
+    cfg = config(shape)
+    ours = ref.adapted(folder, cfg)
+    rows = cfg.trainable_token_indices
+    theirs = ref.peft_model(
+        folder,
+        cfg,
+        rank_pattern=dict(cfg.rank_pattern),
+        modules_to_save=list(cfg.modules_to_save) or None,
+        trainable_token_indices=(rows if isinstance(rows, dict) else list(rows)) or None,
+        ensure_weight_tying=tied,
+    )
+    state = peft_format.state(ours)
+    draw = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if parameter.requires_grad and "lora_A" not in name:
+                parameter.add_(torch.randn(parameter.shape, generator=draw) * 0.1)
+        trained = {peft_name(name): p for name, p in theirs.named_parameters() if p.requires_grad}
+        assert trained.keys() <= state.keys()
+        assert state.keys() - trained.keys() <= ({"base_model.model.lm_head.weight"} if tied else set())
+        for name, parameter in trained.items():
+            parameter.copy_(state[name])
+    return ours, theirs.eval(), cfg
+
+
+@pytest.mark.parametrize(("tied", "shape"), CASES, ids=NAMES)
+def test_what_trains_beside_is_peft_s(
+    base: Path, tied_base: Path, tmp_path: Path, tied: bool, shape: dict[str, object]
+) -> None:
+    folder = tied_base if tied else base
+    ours, theirs, cfg = beside(folder, shape, tied)
+    tokens = ref.token_rows(6, 37)
+    logits = ours.eval()(tokens)
+    assert ref.relative(logits, theirs(input_ids=tokens).logits) < EXACT
+    assert ref.relative(logits, ref.reference(folder)(input_ids=tokens).logits) > 0.01
+
+    labels = F.pad(tokens[:, 1:], (0, 1), value=-100)
+    (ours(tokens, labels=labels) / (labels != -100).sum()).backward()
+    theirs(input_ids=tokens, labels=tokens).loss.backward()
+    places = peft_format.state(ours)
+    mine = {p.data_ptr(): p.grad for p in ours.parameters() if p.requires_grad}
+    for name, parameter in theirs.named_parameters():
+        if parameter.requires_grad:
+            grad = mine[places[peft_name(name)].data_ptr()]
+            assert grad.abs().max() > 0, name
+            assert ref.relative(grad, parameter.grad) < EXACT, name
+
+    peft_format.save(tmp_path / "ours", ours, cfg, ModelConfig(path=str(folder)))
+    loaded = peft.PeftModel.from_pretrained(ref.reference(folder), tmp_path / "ours").eval()
+    assert ref.relative(loaded(input_ids=tokens).logits, logits) < 1e-6
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    for name in ("ours", "theirs"):
+        read, _ = peft_format.read_config(tmp_path / name)
+        again = pretrained.load(folder)
+        adapters.attach(again, read)
+        peft_format.load(tmp_path / name, again)
+        assert ref.relative(again.eval()(tokens), logits) < 1e-6
+
+
+@pytest.mark.parametrize(("tied", "shape"), CASES, ids=NAMES)
+def test_merging_minds_what_trains_beside(
+    base: Path, tied_base: Path, tmp_path: Path, tied: bool, shape: dict[str, object]
+) -> None:
+    folder = tied_base if tied else base
+    ours, _, cfg = beside(folder, shape, tied)
+    run = tmp_path / "run"
+    run.mkdir()
+    options = [f"model.path={folder}", "model.dtype=float32", "method=lora", f"out={run}"]
+    (run / "config.toml").write_text(dump(replace(load_config(options), lora=cfg)))
+    peft_format.save(run / "adapter", ours, cfg, ModelConfig(path=str(folder)))
+    ref.finish(run, folder)
+    merge.merge(run, tmp_path / "out")
+    tokens = ref.token_rows(4, 23)
+    assert ref.relative(pretrained.load(tmp_path / "out")(tokens), ours.eval()(tokens)) < EXACT
+
+
+@pytest.mark.parametrize("shape", BESIDE.values(), ids=BESIDE)
+def test_a_fresh_start_changes_nothing(base: Path, shape: dict[str, object]) -> None:
+    model, tokens = pretrained.load(base), ref.token_rows(2, 19)
+    before = model(tokens)
+    adapters.attach(model, config(shape))
+    adapters.reset(model, 0)
+    assert torch.allclose(model(tokens), before, rtol=0, atol=1e-5)
+
+
+def test_rows_in_another_order_would_be_caught(base: Path) -> None:
+    ours, theirs, _ = beside(base, {"trainable_token_indices": (60, 5, 17)}, False)
+    rows = next(p for name, p in ours.named_parameters() if name.endswith("rows"))
+    rows.data = rows.data[[1, 2, 0]]
+    tokens = torch.tensor([[60, 5, 17, 9]])
+    assert ref.relative(ours(tokens), theirs(input_ids=tokens).logits) > 100 * EXACT
+
+
+def test_a_tied_head_that_was_trained_apart_is_refused(tied_base: Path, tmp_path: Path) -> None:
+    ours, _, cfg = beside(tied_base, {"modules_to_save": ("embed_tokens",)}, True)
+    peft_format.save(tmp_path / "a", ours, cfg, ModelConfig(path=str(tied_base)))
+    path = tmp_path / "a" / peft_format.WEIGHTS
+    tensors = load_file(path)
+    tensors["base_model.model.lm_head.weight"] += 1
+    save_file(tensors, path)
+    with pytest.raises(UserError, match="unties"):
+        peft_format.load(tmp_path / "a", ref.adapted(tied_base, cfg))
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_a_tied_pair_is_not_adapted_by_halves(tied_base: Path, target: str) -> None:
+    with pytest.raises(UserError, match="tied"):
+        adapters.attach(pretrained.load(tied_base), config({"target_modules": (target,)}))
+
+
+def test_in_bf16_a_copy_is_fp32_and_its_file_is_not(base: Path, tmp_path: Path) -> None:
+    model, cfg = pretrained.load(base, "bfloat16"), config({"modules_to_save": ("lm_head", "norm")})
+    adapters.attach(model, cfg)
+    adapters.reset(model, 0)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert model(ref.token_rows(2, 9)).dtype == torch.bfloat16
+    peft_format.save(tmp_path / "a", model, cfg, ModelConfig(path=str(base)))
+    kinds = {name: t.dtype for name, t in load_file(tmp_path / "a" / peft_format.WEIGHTS).items()}
+    assert kinds["base_model.model.lm_head.weight"] == kinds["base_model.model.model.norm.weight"] == torch.bfloat16
+    assert {kind for name, kind in kinds.items() if "lora_" in name} == {torch.float32}
+
+
 def test_vllm_s_limits_are_said() -> None:
     assert "alpha_pattern" in peft_format.vllm_limits(config({"alpha_pattern": {"q_proj": 3}}))
+    assert "modules_to_save" in peft_format.vllm_limits(config({"modules_to_save": ("lm_head",)}))
     assert peft_format.vllm_limits(config({})) is None

@@ -413,13 +413,11 @@ def load(base: Path, folder: Path) -> Llama:
     [
         ("use_dora", True),
         ("use_rslora", True),
-        ("modules_to_save", ["lm_head"]),
         ("bias", "lora_only"),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
         ("layer_replication", [[0, 2]]),
         ("layers_pattern", "h"),
-        ("trainable_token_indices", [5]),
         ("target_parameters", ["mlp.experts"]),
         ("peft_type", "IA3"),
         # What changes the forward pass, or the base itself, in newer kinds of PEFT:
