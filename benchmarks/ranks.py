@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {  # size, ranks, what the recipe
     "70b-lora-full-8": ("70b", 8, ["method=lora", "parallel.sharding=full"]),
     "70b-lora-full-64": ("70b", 64, ["method=lora", "parallel.sharding=full"]),
     "70b-full-full-16": ("70b", 16, ["method=full", "parallel.sharding=full", "optim.name=paged_adamw_32bit"]),
+    "8b-lora-replicate-4": ("8b", 4, ["method=lora", "parallel.sharding=replicate"]),
     "8b-qlora-replicate-8": ("8b", 8, ["method=qlora", "parallel.sharding=replicate"]),
     "8b-lora-replicate-8": ("8b", 8, ["method=lora", "parallel.sharding=replicate"]),
     "tiny-qlora-full-8": ("tiny", 8, ["method=qlora", "parallel.sharding=full", "model.dtype=float32"]),
