@@ -117,6 +117,21 @@ def load(folder: Path, model: nn.Module) -> None:
     Raises:
         UserError: names that match nothing, places left empty, other shapes; all listed.
     """
+    check_fits(folder, model)
+    path, places = inside(folder, WEIGHTS), state(model)
+    with torch.no_grad(), open_tensors(path) as file:
+        filled: dict[int, str] = {}
+        for name, place in places.items():
+            twin = filled.setdefault(place.data_ptr(), name)
+            if twin != name and not torch.equal(file.get_tensor(twin), file.get_tensor(name)):
+                raise UserError(f"{path}: {name} and {twin} differ, and the model ties them; this adapter unties it")
+            place.copy_(file.get_tensor(name))
+            if not place.isfinite().all():
+                raise UserError(f"{path}: {name} holds values that are no numbers (NaN or infinity)")
+
+
+def check_fits(folder: Path, model: nn.Module) -> None:
+    """Hold an adapter folder's header to a model, which may still be without memory. Raises as `load` does."""
     path = inside(folder, WEIGHTS)
     said, places = read_header(path), state(model)
     problems = [f"{name} matches nothing in the model" for name in sorted(said.keys() - places.keys())]
@@ -129,15 +144,6 @@ def load(folder: Path, model: nn.Module) -> None:
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
-    with torch.no_grad(), open_tensors(path) as file:
-        filled: dict[int, str] = {}
-        for name, place in places.items():
-            twin = filled.setdefault(place.data_ptr(), name)
-            if twin != name and not torch.equal(file.get_tensor(twin), file.get_tensor(name)):
-                raise UserError(f"{path}: {name} and {twin} differ, and the model ties them; this adapter unties it")
-            place.copy_(file.get_tensor(name))
-            if not place.isfinite().all():
-                raise UserError(f"{path}: {name} holds values that are no numbers (NaN or infinity)")
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
