@@ -6,6 +6,7 @@ recipe is found here and said at once, before torch is loaded.
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -19,7 +20,20 @@ import tomli_w
 from minitune import secrets
 from minitune.errors import UserError
 from minitune.foreign import read_bytes
-from minitune.rules import Knob, above, all_above, at_least, below, filled, knob, one_of, unrepeated
+from minitune.rules import (
+    Knob,
+    above,
+    all_above,
+    all_at_least,
+    at_least,
+    below,
+    ending_in,
+    expressions,
+    filled,
+    knob,
+    one_of,
+    unrepeated,
+)
 
 LONGEST, DEEPEST = 1_000_000, 1000  # bytes of a recipe, and parts of a key in it
 EXAMPLE = Path(__file__).parent / "tiny" / "recipe.toml"  # what runs when no recipe is named
@@ -27,6 +41,7 @@ FULL_LEARNING_RATE = 2e-5  # the default where all weights train
 # Those in minitune/adapters; a new one adds its name.
 LORA_VARIANTS = ("lora", "rslora", "dora", "pissa", "olora", "loraplus", "lora_fa", "vera", "oplora")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of each block
+ENDS = ("embed_tokens", "lm_head")  # where tokens come in and go out
 
 
 @dataclass(frozen=True)
@@ -68,8 +83,18 @@ class LoRAConfig:
     alpha: Annotated[float, above(0)] = 32  # the update is scaled by alpha / r; by alpha / sqrt(r) in rslora
     dropout: Annotated[float, at_least(0), below(1)] = 0.05  # share of the adapter's inputs set to zero
     loraplus_lr_ratio: Annotated[float, above(0)] = 16  # how much faster than lora_A variant loraplus learns lora_B
-    # The linears that get an adapter, in every block:
-    target_modules: Annotated[tuple[str, ...], filled(), one_of((*LINEARS, "lm_head")), unrepeated()] = LINEARS
+    # What gets an adapter: names, whole or their ends; or one expression for whole names, or "all-linear":
+    target_modules: Annotated[
+        str | tuple[str, ...], filled(), ending_in((*LINEARS, *ENDS)), expressions(), unrepeated()
+    ] = LINEARS
+    exclude_modules: Annotated[str | tuple[str, ...], expressions(), unrepeated()] = ()  # of these, what gets none
+    layers_to_transform: Annotated[tuple[int, ...], all_at_least(0), unrepeated()] = ()  # of the blocks; empty: all
+    # Names or expressions for their ends -> what stands there in place of r, and of alpha:
+    rank_pattern: Annotated[dict[str, int], all_at_least(1), expressions()] = field(default_factory=dict)
+    alpha_pattern: Annotated[dict[str, float], all_above(0), expressions()] = field(default_factory=dict)
+    modules_to_save: Annotated[tuple[str, ...], unrepeated()] = ()  # that train whole, as lm_head or norm: name ends
+    # Tokens whose rows train: of the embedding and a head tied to it; or { embed_tokens = [...], lm_head = [...] }:
+    trainable_token_indices: Annotated[tuple[int, ...] | dict[str, list[int]], all_at_least(0), unrepeated()] = ()
 
 
 @dataclass(frozen=True)
@@ -185,11 +210,22 @@ def contradictions(cfg: Config, given: dict[str, str]) -> Iterator[tuple[tuple[s
         yield ("model.attention", "model.dtype"), "flash and varlen compute in bfloat16 alone; use sdpa or auto"
     if cfg.model.revision and (cfg.model.path == "tiny" or os.path.isdir(cfg.model.path)):
         yield ("model.revision", "model.path"), "a model on this disk has no revisions; only one on the Hub has"
+    whole = {last_name(name) for name in cfg.lora.modules_to_save}
+    rows = cfg.lora.trainable_token_indices
+    if twice := whole & set(rows if isinstance(rows, dict) else ["embed_tokens"] if rows else []):
+        keys = ("lora.modules_to_save", "lora.trainable_token_indices")
+        yield keys, f"{', '.join(sorted(twice))} trains whole, its rows with it; leave it out of one of them"
+    if isinstance(cfg.lora.target_modules, str) and cfg.lora.layers_to_transform:
+        keys = ("lora.target_modules", "lora.layers_to_transform")
+        yield keys, "an expression names the layers itself; give a list of modules beside layers_to_transform"
     lora = tuple(key for key, place in given.items() if key.startswith("lora.") and place == COMMAND_LINE)
     if cfg.lora.loraplus_lr_ratio != LoRAConfig().loraplus_lr_ratio and cfg.lora.variant != "loraplus":
         yield ("lora.loraplus_lr_ratio", "lora.variant"), "only variant loraplus has two learning rates; leave it out"
     if "lora.alpha" in lora and cfg.lora.variant == "vera":
         yield ("lora.alpha", "lora.variant"), "vera has no alpha, its vectors are the scale; leave it out"
+    for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices", "exclude_modules"):
+        if getattr(cfg.lora, key) and cfg.lora.variant == "vera":
+            yield (f"lora.{key}", "lora.variant"), "vera has no such thing in PEFT's files; leave it out"
     if cfg.method == "full" and lora:
         yield lora, "method=full trains no adapter; leave it out, or set method=lora"
 
@@ -291,7 +327,7 @@ def read_arguments(arguments: list[str]) -> tuple[Path, list[tuple[str, Any]], l
     return recipe or EXAMPLE, overrides, [(COMMAND_LINE, problem) for problem in problems]
 
 
-def read_value(text: str, kind: type) -> Any:
+def read_value(text: str, kind: Any) -> Any:
     """A value in TOML's grammar. Where text is wanted it needs no quotes, and a list of one no brackets."""
     try:
         document = tomllib.loads(f"value = {text}")
@@ -300,8 +336,12 @@ def read_value(text: str, kind: type) -> Any:
         if text.startswith(("'", '"', "[")):
             raise
         value = text
-    if kind is tuple and not isinstance(value, list):
+    if kind == tuple[str, ...] and not isinstance(value, list):
         return [value if isinstance(value, str) else text]
+    if kind == str | tuple[str, ...] and value == text and re.fullmatch(r"\w+", text):
+        return [text]  # a module's name, which as an expression would have to be whole
+    if kind == tuple[int, ...] and type(value) is int:
+        return [value]
     return text if kind is str and not isinstance(value, str) else value
 
 

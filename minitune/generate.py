@@ -156,6 +156,11 @@ def open_model(path: str) -> tuple[Llama, Tokenizer, Config | None]:
         base = pretrained.find(where.path, where.revision)
     else:
         base = pretrained.find(path)
+    if lora is not None:
+        with torch.device("meta"):  # before anything takes memory for the ranks that the folder asks for
+            shapes = Llama(pretrained.read_config(base))
+        adapters.attach(shapes, lora)
+        peft_format.check_fits(folder, shapes)
     tokenizer = load_tokenizer(base)
     model = pretrained.load(base, "bfloat16" if device.type == "cuda" else "float32", device)
     if lora is not None:

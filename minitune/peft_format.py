@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from minitune import files
-from minitune.adapters import ADAPTERS, adapters, exported, last_name
-from minitune.config import LINEARS, LoRAConfig, ModelConfig
+from minitune.adapters import ADAPTERS, adapters, exported
+from minitune.adapters.whole import TrainedCopy
+from minitune.config import LINEARS, LoRAConfig, ModelConfig, what_is_wrong
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
 from minitune.header import open_tensors, read_header
@@ -25,9 +26,6 @@ PREFIX = "base_model.model."
 COMMON: dict[str, Any] = {  # keys that change what an adapter computes, with the one value that is run here
     "bias": "none",
     "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "layers_pattern": None,
 }
 PLAIN: dict[str, Any] = {  # those of LoRA alone; a variant of it has other values for some
     "peft_type": "LORA",
@@ -35,14 +33,21 @@ PLAIN: dict[str, Any] = {  # those of LoRA alone; a variant of it has other valu
     "use_rslora": False,
     "use_dora": False,
     "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
     "layer_replication": None,
-    "trainable_token_indices": None,
     "target_parameters": None,
-    "exclude_modules": None,
 }
-READ = ("base_model_name_or_path", "revision", "target_modules")
+SHAPE = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+EVERYWHERE = ("target_modules", "layers_to_transform", "layers_pattern", "modules_to_save")  # not LoRA's alone
+READ = ("base_model_name_or_path", "revision", *SHAPE)
 LORA_KEYS = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}  # ours -> PEFT's
 IGNORED = (  # keys that change nothing in a trained adapter
     "task_type",
@@ -63,7 +68,8 @@ INITS = (True, False, "gaussian", "eva", "orthogonal")  # starts that are as Tru
 
 
 def save(folder: Path, model: nn.Module, lora: LoRAConfig, base: ModelConfig) -> None:
-    """Write the adapters of `model`, trained as `lora` says, as an adapter folder, all in fp32."""
+    """Write the adapters of `model`, trained as `lora` says, as an adapter folder: all in fp32, but what trains whole
+    in the dtype that it computes in."""
     lora = exported(lora)
     kind = ADAPTERS[lora.variant]
     config = {
@@ -73,11 +79,42 @@ def save(folder: Path, model: nn.Module, lora: LoRAConfig, base: ModelConfig) ->
         "revision": base.revision or None,
         "inference_mode": True,
         **{theirs: getattr(lora, ours) for ours, theirs in keys_of(kind).items()},
-        "target_modules": sorted(lora.target_modules),
+        **{key: value for key, value in shape(lora).items() if of_lora(kind) or key in EVERYWHERE},
     }
+    if any(isinstance(each, TrainedCopy) and each.twin for each in adapters(model).values()):
+        config["ensure_weight_tying"] = True
     with files.new_folder(folder) as part:
-        files.write_tensors(part / WEIGHTS, export(model))
+        files.write_tensors(part / WEIGHTS, {**export(model), **copies(model)})
         files.write_json(part / CONFIG, config)
+
+
+def shape(lora: LoRAConfig) -> dict[str, Any]:
+    """The keys that say which modules are adapted, and with which rank and alpha."""
+    rows = lora.trainable_token_indices or ()
+    targets = LINEARS if lora.target_modules == "all-linear" else lora.target_modules
+    return {
+        "target_modules": listed(targets),
+        "exclude_modules": listed(lora.exclude_modules) or None,
+        "layers_to_transform": list(lora.layers_to_transform) or None,
+        "layers_pattern": None,
+        "rank_pattern": lora.rank_pattern,
+        "alpha_pattern": lora.alpha_pattern,
+        "modules_to_save": list(lora.modules_to_save) or None,
+        "trainable_token_indices": rows if isinstance(rows, dict) else list(rows) or None,
+    }
+
+
+def listed(names: str | tuple[str, ...]) -> str | list[str]:
+    return names if isinstance(names, str) else sorted(names)
+
+
+def vllm_limits(lora: LoRAConfig) -> str | None:
+    """What vLLM would do wrong with an adapter folder of this shape, or None."""
+    if lora.modules_to_save or lora.trainable_token_indices:
+        return "vLLM refuses adapters with modules_to_save or trainable_token_indices; merge this one for vLLM"
+    if lora.rank_pattern or lora.alpha_pattern:
+        return "vLLM ignores rank_pattern and alpha_pattern and would scale this adapter wrongly; merge it for vLLM"
+    return None
 
 
 def load(folder: Path, model: nn.Module) -> None:
@@ -87,6 +124,24 @@ def load(folder: Path, model: nn.Module) -> None:
     Raises:
         UserError: names that match nothing, places left empty, other shapes; all listed.
     """
+    check_fits(folder, model)
+    path, places = inside(folder, WEIGHTS), state(model)
+    for adapter in adapters(model).values():
+        if hasattr(adapter, "export"):
+            adapter.reset_parameters()  # it stands on what it started from
+    with torch.no_grad(), open_tensors(path) as file:
+        filled: dict[int, str] = {}
+        for name, place in places.items():
+            twin = filled.setdefault(place.data_ptr(), name)
+            if twin != name and not torch.equal(file.get_tensor(twin), file.get_tensor(name)):
+                raise UserError(f"{path}: {name} and {twin} differ, and the model ties them; this adapter unties it")
+            place.copy_(file.get_tensor(name))
+            if not place.isfinite().all():
+                raise UserError(f"{path}: {name} holds values that are no numbers (NaN or infinity)")
+
+
+def check_fits(folder: Path, model: nn.Module) -> None:
+    """Hold an adapter folder's header to a model, which may still be without memory. Raises as `load` does."""
     path = inside(folder, WEIGHTS)
     said, places = read_header(path), state(model)
     problems = [f"{name} matches nothing in the model" for name in sorted(said.keys() - places.keys())]
@@ -99,25 +154,18 @@ def load(folder: Path, model: nn.Module) -> None:
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
-    for adapter in adapters(model).values():
-        if hasattr(adapter, "export"):
-            adapter.reset_parameters()  # it stands on what it started from
-    with torch.no_grad(), open_tensors(path) as file:
-        for name, place in places.items():
-            place.copy_(file.get_tensor(name))
-            if not place.isfinite().all():
-                raise UserError(f"{path}: {name} holds values that are no numbers (NaN or infinity)")
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """PEFT's name -> tensor, for every parameter of every adapter."""
     found = {}
     for name, adapter in adapters(model).items():
-        own = {name for name, _ in adapter.named_parameters(recurse=False)}
-        frozen = {name for name, _ in adapter.named_buffers(recurse=False)}
+        owner = adapter.twin[0] if isinstance(adapter, TrainedCopy) and adapter.twin else adapter
+        own = {each for each, _ in owner.named_parameters(recurse=False)}
+        frozen = {each for each, _ in owner.named_buffers(recurse=False)}
         named = adapter.PEFT_NAMES.keys()
         assert own == named - frozen, f"{type(adapter).__name__}.PEFT_NAMES must name {own}"
-        found |= {f"{PREFIX}{name}.{theirs}": getattr(adapter, ours) for ours, theirs in adapter.PEFT_NAMES.items()}
+        found |= {f"{PREFIX}{name}.{theirs}": getattr(owner, ours) for ours, theirs in adapter.PEFT_NAMES.items()}
         shared = getattr(adapter, "SHARED_NAMES", {})
         found |= {theirs: getattr(adapter.shared, ours) for ours, theirs in shared.items()}
     return {name: tensor.detach() for name, tensor in found.items()}
@@ -125,13 +173,23 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 def export(model: nn.Module) -> dict[str, Tensor]:
     """What an adapter folder holds: the adapters as they are, or as what others load of them."""
-    if not all(hasattr(adapter, "export") for adapter in adapters(model).values()):
-        return state(model)
-    return {
-        f"{PREFIX}{name}.{theirs}": tensor.contiguous()
+    found = state(model)
+    for name, adapter in adapters(model).items():
+        if hasattr(adapter, "export"):
+            found = {key: value for key, value in found.items() if not key.startswith(f"{PREFIX}{name}.")}
+            found |= {f"{PREFIX}{name}.{theirs}": each.contiguous() for theirs, each in adapter.export().items()}
+    return found
+
+
+def copies(model: nn.Module) -> dict[str, Tensor]:
+    """Of the modules that train whole, what `state` has of them, in the dtype that they compute in."""
+    kept = state(model)
+    dtypes = {
+        f"{PREFIX}{name}.weight": adapter.base.weight.dtype
         for name, adapter in adapters(model).items()
-        for theirs, tensor in adapter.export().items()
+        if isinstance(adapter, TrainedCopy)
     }
+    return {name: kept[name].to(dtype) for name, dtype in dtypes.items()}
 
 
 def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
@@ -146,9 +204,6 @@ def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
     if problems:
         listed = ", ".join(f"{key} = {values[key]!r}" for key in problems)
         raise UserError(f"{path}: this kind of adapter is not supported: {listed}")
-    targets = values.get("target_modules")
-    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets) or not targets:
-        raise UserError(f"{path}: target_modules must be a list of module names, here it is {targets!r}")
     r, alpha = (values.get(keys[ours]) if ours in keys else getattr(LoRAConfig(), ours) for ours in ("r", "alpha"))
     base = values.get("base_model_name_or_path")
     revision = values.get("revision") or ""
@@ -166,22 +221,50 @@ def read_config(folder: Path) -> tuple[LoRAConfig, ModelConfig]:
         raise UserError(f"{path}: base_model_name_or_path is missing, so the base of this adapter is unknown")
     if not isinstance(revision, str):
         raise UserError(f"{path}: revision is {revision!r} where a branch, tag or commit is needed")
-    if unknown := sorted({last_name(target) for target in targets} - {*LINEARS, "lm_head"}):
-        raise UserError(
-            f"{path}: target_modules names {', '.join(unknown)[:200]}, which no linear of a Llama is called"
-        )
+    chosen = read_shape(values, path)
+    ranks = {(rank,) for rank in (r, *chosen["rank_pattern"].values())}
     for name, entry in read_header(inside(folder, WEIGHTS)).items():  # before anything takes memory for this rank
-        if name.endswith((".lora_A.weight", ".vera_A")) and entry.shape[:1] != (r,):
-            raise UserError(f"{path} says r = {r}, but {name} in {WEIGHTS} is {entry.shape}")
-    names = tuple(sorted({last_name(target) for target in targets}))
-    lora = LoRAConfig(variant=variant, r=r, alpha=alpha, dropout=0.0, target_modules=names)
+        if name.endswith((".lora_A.weight", ".vera_A")) and entry.shape[:1] not in ranks:
+            said_so = " or ".join(str(rank) for (rank,) in sorted(ranks))
+            raise UserError(f"{path} says r = {said_so}, but {name} in {WEIGHTS} is {entry.shape}")
+    lora = LoRAConfig(variant=variant, r=r, alpha=alpha, dropout=0.0, **chosen)
     return lora, ModelConfig(path=base, revision=revision)
+
+
+def read_shape(values: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Which modules an adapter_config.json is about, as fields of LoRAConfig, each held to the rules of its key."""
+    layers, pattern = values.get("layers_to_transform"), values.get("layers_pattern")
+    if pattern not in (None, "", [], "layers", ["layers"]):
+        raise UserError(f"{path}: layers_pattern is {str(pattern)[:100]!r}; the layers of a Llama are called layers")
+    targets = values.get("target_modules")
+    if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
+        raise UserError(f"{path}: target_modules must be a list of module names, here it is {str(targets)[:200]}")
+    said = {
+        "target_modules": sorted(set(targets)) if isinstance(targets, list) else targets,
+        "exclude_modules": values.get("exclude_modules") or [],
+        "layers_to_transform": [layers] if type(layers) is int else layers or [],
+        "rank_pattern": values.get("rank_pattern") or {},
+        "alpha_pattern": values.get("alpha_pattern") or {},
+        "modules_to_save": values.get("modules_to_save") or [],
+        "trainable_token_indices": values.get("trainable_token_indices") or [],
+    }
+    for key, value in said.items():
+        if complaint := what_is_wrong(f"lora.{key}", value):
+            raise UserError(f"{path}: {key} {complaint}")
+    if any(rank > HIGHEST_RANK for rank in said["rank_pattern"].values()):
+        raise UserError(f"{path}: rank_pattern asks for a rank above {HIGHEST_RANK}")
+    if isinstance(targets, str) and said["layers_to_transform"]:
+        raise UserError(f"{path}: layers_to_transform goes with a list of target_modules, not with an expression")
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in said.items()}
+
+
+def of_lora(kind: type[nn.Module]) -> bool:
+    return kind.PEFT_CONFIG.get("peft_type", "LORA") == "LORA"
 
 
 def plain(kind: type[nn.Module]) -> dict[str, Any]:
     """The keys that change what an adapter of this variant computes, each with the one value that is run here."""
-    of_lora = kind.PEFT_CONFIG.get("peft_type", "LORA") == "LORA"
-    return COMMON | (PLAIN if of_lora else {}) | kind.PEFT_CONFIG
+    return COMMON | (PLAIN if of_lora(kind) else {}) | kind.PEFT_CONFIG
 
 
 def keys_of(kind: type[nn.Module]) -> dict[str, str]:

@@ -95,7 +95,7 @@ def memory(
         shared = [p for p in model.parameters() if full or not p.requires_grad]
         block = sum(p.nbytes for p in model.layers[0].parameters() if full or not p.requires_grad)
         weights -= sum(p.nbytes for p in shared) * (shards - 1) // shards
-        passing += 3 * block + 2 * model.lm_head.weight.nbytes  # a block at work, the next, and where it arrives
+        passing += 3 * block + 2 * width * V * D  # a block at work, the next, and where it arrives
         if full:
             a_block = sum(p.numel() for p in model.layers[0].parameters())
             passing += (width + 4 + 4 // shards) * max(a_block, V * D)  # a unit's gradients, on their way to be summed
@@ -120,7 +120,7 @@ def by_hand_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple
     D, F = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim  # of attention's output
     qkv = heads + 2 * config.num_key_value_heads * config.head_dim
-    thin = 0 if cfg.method == "full" else 7 * cfg.lora.r
+    thin = 0 if cfg.method == "full" else 7 * max(cfg.lora.r, *cfg.lora.rank_pattern.values(), 1)
     scores = 4 * config.num_attention_heads  # log-sum-exp, fp32
     inputs = width * (D + thin)
     attention = inputs + width * heads + scores

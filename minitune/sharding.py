@@ -47,7 +47,7 @@ def shard(model: nn.Module, how: str, device: torch.device) -> None:
         "ignored_params": whole,
     }
     blocks = list(model.layers)
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
+    tied = model.config.tie_word_embeddings
     for unit in blocks if tied else [model.model.embed_tokens, *blocks]:
         fully_shard(unit, **common)
     fully_shard(model, reshard_after_forward=False, **common)
@@ -274,7 +274,8 @@ def check(model: nn.Module, device: torch.device) -> None:
                     seen.add(id(parameter))
                     places[name].append((module, own))
     held = torch.stack([sum_of(places[name]) for name in units]).to(device)
-    dist.all_reduce(held, group=model.lm_head.weight.device_mesh.get_group("shard"))
+    spread = next(p for p in model.parameters() if isinstance(p, DTensor))
+    dist.all_reduce(held, group=spread.device_mesh.get_group("shard"))
     found = {}
 
     def look(name: str):

@@ -274,6 +274,8 @@ def hand_over(task: Task, model: Llama, progress: Progress) -> int:
         parallel.by_first(weights, lambda whole: shards.save(task.folder / "model", whole, like=task.base))
     else:
         parallel.on_first(lambda: peft_format.save(task.folder / "adapter", model, task.cfg.lora, task.cfg.model))
+        if limits := peft_format.vllm_limits(task.cfg.lora):
+            say(limits)
     return step
 
 

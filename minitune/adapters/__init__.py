@@ -8,7 +8,7 @@ A variant is a module class with four verbs:
                              computed in the dtype of `weight`
 and two tables for PEFT's files: PEFT_NAMES, from the names of its parameters (which lie directly on the module) to
 those in the file, and PEFT_CONFIG, the keys of adapter_config.json that say which variant it is. Freezing, saving,
-resuming, merging and export follow from these.
+resuming, merging and export follow from these. Which modules get one, with which rank and alpha: `targets.py`.
 
 What does not train is a buffer (`persistent=False`) that reset_parameters fills from the seed or the base's weights
 (`base_weight.py` gathers these): no checkpoint holds it, and every rank has all of it. One that PEFT's file holds is
@@ -30,17 +30,20 @@ import torch
 from torch import nn
 
 from minitune import seeds, surgery
+from minitune.adapters import targets
 from minitune.adapters.dora import DoRALinear
+from minitune.adapters.embedding import LoRAEmbedding
 from minitune.adapters.lora import LoRALinear
 from minitune.adapters.lora_fa import LoRAFALinear
 from minitune.adapters.loraplus import LoRAPlusLinear
 from minitune.adapters.olora import OLoRALinear
 from minitune.adapters.oplora import OPLoRALinear
 from minitune.adapters.pissa import PiSSALinear
+from minitune.adapters.rows import TokenRows
 from minitune.adapters.rslora import RsLoRALinear
 from minitune.adapters.vera import VeRALinear
+from minitune.adapters.whole import TrainedCopy
 from minitune.config import LoRAConfig
-from minitune.errors import UserError
 
 ADAPTERS: dict[str, type[nn.Module]] = {
     "lora": LoRALinear,
@@ -56,28 +59,36 @@ ADAPTERS: dict[str, type[nn.Module]] = {
 
 
 def attach(model: nn.Module, cfg: LoRAConfig) -> list[str]:
-    """Freeze the model and put an adapter around each linear whose last name is in cfg.target_modules.
+    """Freeze the model and put an adapter around each module that `targets.choose` chooses.
 
-    Returns the names of the adapted modules. Raises UserError for a target that matches nothing, and for an
-    adapter on a head that shares its weight with the embedding (merging it would change the embedding too).
+    Returns the names of the modules that train. Raises UserError for what matches nothing or cannot be adapted, as a
+    head that shares its weight with the embedding (merging it would change the embedding too).
     """
     model.requires_grad_(False)
-    if "lm_head" in cfg.target_modules and model.config.tie_word_embeddings:
-        raise UserError(
-            "lora.target_modules: this model's lm_head is tied to its embedding and cannot be adapted alone; "
-            "leave it out"
-        )
-    make = ADAPTERS[cfg.variant]
-    names = surgery.replace(
-        model,
-        lambda name, leaf: last_name(name) in cfg.target_modules,
-        lambda leaf: make(leaf, cfg).train(leaf.training),
-    )
-    missing = [target for target in cfg.target_modules if target not in map(last_name, names)]
-    if missing:
-        raise UserError(f"lora.target_modules: no module of this model is named {', '.join(missing)}")
-    if hasattr(make, "share"):
-        make.share(list(adapters(model).values()))
+    chosen = targets.choose(model, cfg)
+    name_of = {module: name for name, module in model.named_modules()}
+    tied, twins = model.config.tie_word_embeddings, {}
+
+    def make(leaf: nn.Module) -> nn.Module:
+        name = name_of[leaf]
+        twin = twins.get(tied and name.endswith("lm_head"))  # the embedding comes first in the model
+        if name in chosen.whole:
+            made = TrainedCopy(leaf, cfg, twin)
+        elif name in chosen.rows:
+            made = TokenRows(leaf, cfg, chosen.rows[name], twin)
+        elif isinstance(leaf, nn.Embedding):
+            made = LoRAEmbedding(leaf, chosen.adapted[name])
+        else:
+            made = ADAPTERS[cfg.variant](leaf, chosen.adapted[name])
+        if name.endswith("embed_tokens"):
+            twins[True] = made
+        return made.train(leaf.training)
+
+    asked = {*chosen.adapted, *chosen.whole, *chosen.rows}
+    names = surgery.replace(model, lambda name, leaf: name in asked, make)
+    kind = ADAPTERS[cfg.variant]
+    if hasattr(kind, "share"):
+        kind.share([each for each in adapters(model).values() if isinstance(each, kind)])
     return names
 
 
@@ -91,7 +102,7 @@ def reset(model: nn.Module, seed: int) -> None:
 
 def adapters(model: nn.Module) -> dict[str, nn.Module]:
     """The adapters of a model by the name of the linear each one wraps."""
-    kinds = tuple(ADAPTERS.values())
+    kinds = (*ADAPTERS.values(), LoRAEmbedding, TrainedCopy, TokenRows)
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
 
 

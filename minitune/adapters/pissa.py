@@ -24,6 +24,8 @@ from minitune.adapters.base_weight import leading, whole_weight
 from minitune.adapters.lora import LoRALinear
 from minitune.config import LoRAConfig
 
+PATTERNS = ("rank_pattern", "alpha_pattern")
+
 
 class PiSSALinear(LoRALinear):
     PEFT_CONFIG: ClassVar = {"init_lora_weights": "pissa"}
@@ -68,7 +70,8 @@ class PiSSALinear(LoRALinear):
 
     @classmethod
     def exported(cls, cfg: LoRAConfig) -> LoRAConfig:
-        return replace(cfg, variant="lora", r=2 * cfg.r, alpha=2 * cfg.alpha)
+        patterns = {key: {name: 2 * value for name, value in getattr(cfg, key).items()} for key in PATTERNS}
+        return replace(cfg, variant="lora", r=2 * cfg.r, alpha=2 * cfg.alpha, **patterns)
 
     def export(self) -> dict[str, Tensor]:
         A, B = self.twice_the_rank()

@@ -19,7 +19,7 @@ from minitune.adapters.lora import LoRALinear
 from minitune.byhand.attention import Keep
 from minitune.byhand.block import HandBlock, NormFunction
 from minitune.byhand.fan import Dense, lay_side_by_side
-from minitune.model import Block, Llama
+from minitune.model import Block, Llama, RMSNorm
 from minitune.nf4 import NF4Linear
 from minitune.offload import HostMemory
 
@@ -39,12 +39,16 @@ def by_hand(model: Llama, keep: Sequence[Keep], host: HostMemory | None = None, 
     for block, kept in zip(model.layers, keep, strict=True):
         block.forward = HandBlock(block, kept, dense, None if kept is Keep.ALL else host).forward
     last = model.model.norm
+    if type(last) is not RMSNorm:  # it trains as a copy
+        return
     last.forward = lambda x: NormFunction.apply(x, last.weight, last.eps)
 
 
 def refusal(block: Block) -> str | None:
     """Why a block cannot run by hand, or None."""
     kinds, ranks = set(), set()
+    if not all(type(norm) is RMSNorm for norm in (block.input_layernorm, block.post_attention_layernorm)):
+        return "its norms train beside adapters"
     for name in (*ATTENTION, *MLP):
         linear = getattr(block.self_attn if name in ATTENTION else block.mlp, name)
         if hasattr(linear, "merged_weight"):  # an adapter

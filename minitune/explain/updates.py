@@ -31,14 +31,19 @@ def view(folder: Path) -> UpdatesView:
     """The updates of a run, a checkpoint of one, or an adapter folder in PEFT's layout. Raises UserError."""
     model, cfg, base = opened(folder)
     leaves = pretrained.base_leaves(model)
-    found = []
+    found, beside = [], []  # what trains beside the adapters of linears is no update of low rank
     with shards.Shards(base) as weights, torch.no_grad():
         for name, adapter in adapters.adapters(model).items():
+            if not isinstance(adapter, tuple(adapters.ADAPTERS.values())):
+                beside.append(name)
+                continue
             weight = weights.tensor(f"{name}.weight").to(DTYPES[cfg.model.dtype])
             if isinstance(leaves[f"{name}.weight"][0], NF4Linear):
                 weight = through_four_bits(weight)
             found.append(update(name, adapter, weight.double()))
     trained_on = "in four bits, as trained on" if cfg.method == "qlora" else f"in {cfg.model.dtype}"
+    if beside:
+        trained_on += f" ({', '.join(beside)} trained beside, not shown)"
     return UpdatesView(str(folder), cfg.lora.variant, cfg.lora.r, trained_on, found)
 
 
@@ -58,7 +63,7 @@ def opened(folder: Path) -> tuple[Llama, Config, Path]:
     if cfg.method == "full":
         raise UserError(f"{folder} trained the whole model and has no adapter to explain")
     model, _ = compose(cfg, base, CPU)
-    parallel.materialize(adapters.adapters(model).values(), CPU)
+    parallel.materialize(adapters.own_modules(model), CPU)
     if (folder / peft_format.CONFIG).exists():
         peft_format.load(folder, model)
     elif run == folder:

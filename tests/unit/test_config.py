@@ -53,6 +53,12 @@ alpha = 32
 dropout = 0.05
 loraplus_lr_ratio = 16
 target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+exclude_modules = []
+layers_to_transform = []
+rank_pattern = {}
+alpha_pattern = {}
+modules_to_save = []
+trainable_token_indices = []
 [optim]
 name = "adamw"
 learning_rate = 2e-4
@@ -165,6 +171,16 @@ def test_overrides_win_and_the_last_one_does(load):
         ("train.batch_size=1_000", 1000),
         ("seed=9223372036854775807", 2**63 - 1),
         ("lora.target_modules=lm_head", ("lm_head",)),
+        ("lora.target_modules=all-linear", "all-linear"),
+        (r"lora.target_modules=.*\.[02]\..*_proj", r".*\.[02]\..*_proj"),
+        ('lora.target_modules=["layers.1.self_attn.q_proj"]', ("layers.1.self_attn.q_proj",)),
+        ("lora.layers_to_transform=3", (3,)),
+        ("lora.layers_to_transform=[0, 2]", (0, 2)),
+        ("lora.rank_pattern={ q_proj = 4 }", {"q_proj": 4}),
+        ("lora.alpha_pattern={ q_proj = 4.5, k_proj = 2 }", {"q_proj": 4.5, "k_proj": 2}),
+        ("lora.modules_to_save=norm", ("norm",)),
+        ("lora.trainable_token_indices=[5, 3]", (5, 3)),
+        ("lora.trainable_token_indices={ lm_head = [5, 3] }", {"lm_head": [5, 3]}),
     ],
 )
 def test_override_values(load, override, value):
