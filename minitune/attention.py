@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate
 
@@ -105,7 +106,7 @@ def use(model: nn.Module, choice: str, device: torch.device, dtype: torch.dtype)
         )
     if choice == "flash" and flash_package() is None:
         raise UserError(
-            "model.attention: no flash-attn package is installed; pip install 'minitune[flash]', "
+            "model.attention: no flash-attn package is installed that can be imported; pip install 'minitune[flash]', "
             "or set model.attention = 'varlen'"
         )
     if choice == "auto":
@@ -137,21 +138,26 @@ def pytorch_varlen() -> Kernel:
 
 @cache
 def flash_package() -> str | None:
-    """Which flash-attn is installed and runs on this card: "flash-attn-4", "flash-attn" or None."""
+    """Which flash-attn is installed and runs on this card: "flash-attn-4", "flash-attn" or None.
+
+    One that cannot be imported, since it lacks a package or was built for another torch, counts as not there.
+    """
     if find_spec("flash_attn") is None:
         return None
-    try:  # looking for a part imports the whole, and version 2 fails there if it was built for another torch
+    with suppress(ImportError):
         if find_spec("flash_attn.cute") and torch.cuda.get_device_capability()[0] >= 9:
+            keep_compiled_kernels()
+            import_module("flash_attn.cute")
             return "flash-attn-4"
-        return "flash-attn" if find_spec("flash_attn.flash_attn_interface") else None
-    except ImportError:
-        return None
+    with suppress(ImportError):
+        import_module("flash_attn.flash_attn_interface")
+        return "flash-attn"
+    return None
 
 
 @cache
 def flash_varlen() -> Kernel:
     if flash_package() == "flash-attn-4":
-        keep_compiled_kernels()
         from flash_attn.cute import flash_attn_varlen_func
     else:
         from flash_attn import flash_attn_varlen_func
