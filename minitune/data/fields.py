@@ -73,7 +73,7 @@ def check_characters(value: str, here: str) -> None:
 
 
 def check_all_characters(value: Any, here: str) -> None:
-    """Check every text in a JSON value, names of keys included."""
+    """Check every text in a JSON value, names of keys included, and that it is one."""
     if isinstance(value, str):
         check_characters(value, here)
     elif isinstance(value, list):
@@ -83,6 +83,8 @@ def check_all_characters(value: Any, here: str) -> None:
         for name, item in value.items():
             check_characters(name, here)
             check_all_characters(item, path(here, name))
+    elif not (value is None or isinstance(value, int | float)):  # a date in a parquet file, say
+        raise RowError(f"is a {type(value).__name__}, which JSON cannot write", here)
 
 
 def path(place: str, name: str) -> str:

@@ -30,7 +30,7 @@ COLUMNS: dict[str, str] = {  # of the table: what is known of an entry, a docume
     "number": "<i8",  # of its line or row there
     "place": "<i8",  # its first byte there
     "size": "<i8",  # bytes
-    "part": "<u1",  # 0: the first document of its row
+    "part": "<i4",  # 0: the first document of its row
     "exact": "<u8",  # hash of its tokens and marks
     "content": "<u8",  # hash of what its row says, white space and the spelling of accents aside
     "start": "<i8",  # its first token in the store
@@ -190,7 +190,7 @@ def category_of(row: Row, example: Example, column: str) -> str:
     """What a row is counted under: the value of a column of its own, else how it begins."""
     if column:
         value: Any = row.get(column)
-        return str(value)[:60] if value is not None else "(none)"
+        return str(value)[:60].encode(errors="backslashreplace").decode() if value is not None else "(none)"
     return " ".join(beginning(example)[:200].split()[:2]).lower()[:60]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -506,3 +507,10 @@ def test_real_rows_keep_every_character():
 
     text = (DATA / "wiki_demo.txt").read_text()
     assert "\n".join(example.text for example in read(DATA / "wiki_demo.txt")) == text.removesuffix("\n")
+
+
+def test_what_json_cannot_write_is_refused_where_it_stands():
+    call = {"name": "remind", "arguments": {"when": datetime(2026, 1, 2), "often": [1, 2.5, True, None]}}
+    turns = [{"role": "user", "content": "Remind me."}, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(RowError, match=r"messages\[1\].tool_calls\[0\].arguments.when is a datetime, which JSON"):
+        parse({"messages": turns}, "messages")

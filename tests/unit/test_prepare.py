@@ -101,6 +101,23 @@ def test_every_row_is_in_one_count(jsonl, tokenizer):
     assert prepare(recipe(path, bad_rows="skip", deduplicate=False), tokenizer).counts["duplicates"] == 0
 
 
+def test_a_row_may_make_hundreds_of_documents(jsonl, tokenizer):
+    forgetful = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ '</s>' if loop.last else '~' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    turns = [{"role": role, "content": f"{role} {n}"} for n in range(260) for role in ("user", "assistant")]
+    cfg = recipe(jsonl([{"messages": turns}]), max_seq_len=2**15, eval_fraction=0.0)
+    prepared = prepare(cfg, replace(tokenizer, chat_template=forgetful))
+    assert (prepared.counts["rows"], prepared.counts["train_documents"]) == (1, 260)
+
+
+def test_a_category_may_hold_half_a_surrogate_pair(jsonl, tokenizer):
+    rows = [row | {"kind": "\ud800x"} for row in QUESTIONS]
+    assert prepare(recipe(jsonl(rows), category="kind"), tokenizer).store.categories == [r"\ud800x"]
+
+
 def test_documents_keep_the_order_and_the_tokens_of_the_rows(jsonl, tokenizer):
     got = prepare(recipe(jsonl(QUESTIONS), eval_fraction=0.0), tokenizer)
     assert got.eval is None
