@@ -264,7 +264,7 @@ def hand_over(task: Task, model: Llama, progress: Progress) -> int:
     step = progress.step
     if progress.best_step not in (None, step):
         best = task.folder / "checkpoints" / checkpoint.name_of(progress.best_step)
-        if (damage := parallel.of_first(lambda: checkpoint.damaged(best))) is None:
+        if (damage := parallel.of_first(lambda: checkpoint.unfit(best, model, task.identity))) is None:
             checkpoint.load_trained(best, model)
             step = progress.best_step
         else:
