@@ -20,6 +20,7 @@ from minitune import (
     peft_format,
     pretrained,
     runs,
+    secrets,
     shards,
     trouble,
 )
@@ -112,6 +113,7 @@ def make_task(cfg: Config, device: torch.device) -> Task:
         "rows of a step (train.batch_size x train.gradient_accumulation_steps x processes)": stream.rows_per_step,
         "steps": steps,  # the learning rate of every step depends on it
     }
+    identity = secrets.hidden_in(identity)  # as it is written down, and compared with what was
     return Task(cfg, device, folder, base, tokenizer, data, stream, steps, identity)
 
 
