@@ -120,7 +120,8 @@ def make_task(cfg: Config, device: torch.device) -> Task:
 def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     """Build the model, go on from the newest checkpoint, train, hand over."""
     cfg, folder, data = task.cfg, task.folder, task.data
-    parallel.on_first(lambda: [files.sweep(half_made) for half_made in (folder, folder / "checkpoints")])
+    parallel.on_first(lambda: files.sweep(folder, *runs.MADE, *runs.NOTES))
+    parallel.on_first(lambda: files.sweep(folder / "checkpoints", "step-*"))
     model, made_of = build.compose(cfg, task.base, task.device)
     if parallel.world() == 1 and cfg.parallel.sharding in ("full", "hybrid"):
         made_of += f" (one process: parallel.sharding = '{cfg.parallel.sharding}' has nothing to shard)"

@@ -463,7 +463,9 @@ def test_what_was_left_half_made_is_cleared_and_what_was_moved_put_back(tmp_path
         (tmp_path / name / "x").write_text(name)
     (tmp_path / ".run.json.77.part").write_text("{")
     (tmp_path / "c").mkdir()
-    (tmp_path / "kept").write_text("")
-    files.sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c", "kept"]
+    own = [".env.old", ".film.mkv.part", "kept"]
+    for name in own:
+        (tmp_path / name).write_text("")
+    files.sweep(tmp_path, "[a-c]", "run.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["b", "c", *own])
     assert (tmp_path / "b" / "x").read_text() == ".b.old" and not list((tmp_path / "c").iterdir())
