@@ -252,6 +252,22 @@ def load_trained(path: Path, model: nn.Module) -> None:
     put(read_trained(path, model), model)
 
 
+def unfit(path: Path, model: nn.Module, run_is: dict[str, Any]) -> str | None:
+    """Why the trained parameters of a checkpoint are not those of this run at its step, or None."""
+    if (damage := damaged(path)) is not None:
+        return damage
+    state = read_state(path)
+    if state["identity"] != run_is:
+        return "it is of another run"
+    if state["step"] != step_of(path):
+        return f"it says it is of step {told(state['step'])}"
+    try:
+        read_trained(path, model)
+    except Damaged as damage:
+        return str(damage)
+    return None
+
+
 def read_trained(path: Path, model: nn.Module) -> dict[str, Tensor]:
     """The trained parameters of a checkpoint, which fit the model."""
     saved = own(model, read_tensors(path / "trained.safetensors"))

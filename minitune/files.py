@@ -131,13 +131,15 @@ def new_folder(path: Path) -> Iterator[Path]:
         remove(part)
 
 
-def sweep(folder: Path) -> None:
-    """Clear away what writers that were killed left half-made in a folder, which nobody else may be writing to."""
-    for old in folder.glob(".*.old"):
-        put_back(old)
-    for pattern in (".*.part", ".*.old"):
-        for leftover in folder.glob(pattern):
-            remove(leftover)
+def sweep(folder: Path, *names: str) -> None:
+    """Clear away what writers of `names` (patterns) that were killed left half-made in a folder, which nobody else may
+    be writing to. Other hidden files there are somebody's own."""
+    for name in names:
+        for old in folder.glob(f".{name}.old"):
+            put_back(old)
+        for pattern in (f".{name}.part", f".{name}.*.part", f".{name}.old"):
+            for leftover in folder.glob(pattern):
+                remove(leftover)
 
 
 def put_back(old: Path) -> None:

@@ -12,6 +12,7 @@ from minitune.log import say
 from minitune.progress import Progress
 
 MADE = ("adapter", "model")  # the folders that a run hands over
+NOTES = ("config.toml", "run.json", "metrics.jsonl", "left_out.jsonl")  # the files beside them that it writes whole
 HOW_TO_TRAIN = (
     "model.attention=auto",
     "model.dense_weights=never",

@@ -20,6 +20,7 @@ from minitune import (
     peft_format,
     pretrained,
     runs,
+    secrets,
     shards,
     trouble,
 )
@@ -112,13 +113,15 @@ def make_task(cfg: Config, device: torch.device) -> Task:
         "rows of a step (train.batch_size x train.gradient_accumulation_steps x processes)": stream.rows_per_step,
         "steps": steps,  # the learning rate of every step depends on it
     }
+    identity = secrets.hidden_in(identity)  # as it is written down, and compared with what was
     return Task(cfg, device, folder, base, tokenizer, data, stream, steps, identity)
 
 
 def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     """Build the model, go on from the newest checkpoint, train, hand over."""
     cfg, folder, data = task.cfg, task.folder, task.data
-    parallel.on_first(lambda: [files.sweep(half_made) for half_made in (folder, folder / "checkpoints")])
+    parallel.on_first(lambda: files.sweep(folder, *runs.MADE, *runs.NOTES))
+    parallel.on_first(lambda: files.sweep(folder / "checkpoints", "step-*"))
     model, made_of = build.compose(cfg, task.base, task.device)
     if parallel.world() == 1 and cfg.parallel.sharding in ("full", "hybrid"):
         made_of += f" (one process: parallel.sharding = '{cfg.parallel.sharding}' has nothing to shard)"
@@ -264,7 +267,7 @@ def hand_over(task: Task, model: Llama, progress: Progress) -> int:
     step = progress.step
     if progress.best_step not in (None, step):
         best = task.folder / "checkpoints" / checkpoint.name_of(progress.best_step)
-        if (damage := parallel.of_first(lambda: checkpoint.damaged(best))) is None:
+        if (damage := parallel.of_first(lambda: checkpoint.unfit(best, model, task.identity))) is None:
             checkpoint.load_trained(best, model)
             step = progress.best_step
         else:

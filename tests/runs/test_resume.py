@@ -217,6 +217,19 @@ def test_a_damaged_best_checkpoint_is_said_and_not_used(
     assert facts["best_step"] == 3 and facts["handed_over_step"] == facts["step"] == facts["steps"]
 
 
+def test_a_run_whose_recipe_holds_a_secret_goes_on(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable may be named like a secret and hold a word of the recipe; it is compared as it was written."""
+    monkeypatch.setenv("DB_PASSWORD", "q_proj")
+    with monkeypatch.context() as patch:
+        kill_after(patch, 3)
+        with pytest.raises(Killed):
+            start("run")
+    _, facts = start("run")
+    assert facts["finished"] and "[hidden]" in facts["identity"]["lora.target_modules"]
+    _, again = start("run")
+    assert again["finished"] and again["seconds"] == facts["seconds"]
+
+
 # ---- exactness -----------------------------------------------------------------------------------------------------
 
 EVERYTHING = ("train.deterministic=true", "train.gradient_checkpointing=full", "optim.name=paged_adamw_8bit")

@@ -438,6 +438,16 @@ def test_what_changes_a_result_is_in_the_identity_and_what_does_not_is_not() -> 
         assert key not in of(Config(train=TrainConfig())), key
 
 
+def test_only_a_checkpoint_of_this_run_and_step_is_fit_to_be_handed_over(tmp_path: Path, written: State) -> None:
+    """All of these are whole: their manifests are right."""
+    best, older = (tmp_path / "checkpoints" / f"step-{n:06d}" for n in (4, 2))
+    assert checkpoint.unfit(best, written.model, IDENTITY) is None
+    assert checkpoint.unfit(best, written.model, IDENTITY | {"seed": 4}) == "it is of another run"
+    assert checkpoint.unfit(best, written.model[:1], IDENTITY).startswith("it trains other parameters")
+    older.rename(tmp_path / "checkpoints" / "step-000003")
+    assert checkpoint.unfit(older.with_name("step-000003"), written.model, IDENTITY) == "it says it is of step 2"
+
+
 def test_progress_is_read_as_it_was_written() -> None:
     progress = Progress(9, 99, 2, 1, 8, 0.5, 8, 0, {"epoch": 1})
     assert Progress.read(json.loads(json.dumps(asdict(progress)))) == progress
@@ -453,7 +463,9 @@ def test_what_was_left_half_made_is_cleared_and_what_was_moved_put_back(tmp_path
         (tmp_path / name / "x").write_text(name)
     (tmp_path / ".run.json.77.part").write_text("{")
     (tmp_path / "c").mkdir()
-    (tmp_path / "kept").write_text("")
-    files.sweep(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c", "kept"]
+    own = [".env.old", ".film.mkv.part", "kept"]
+    for name in own:
+        (tmp_path / name).write_text("")
+    files.sweep(tmp_path, "[a-c]", "run.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["b", "c", *own])
     assert (tmp_path / "b" / "x").read_text() == ".b.old" and not list((tmp_path / "c").iterdir())
