@@ -139,12 +139,11 @@ def listed(names: object) -> str:
 
 # ---- rows -> examples ----------------------------------------------------------------------------------------------
 
-NO_TOOLS = "has no place in a row of this format; write the row as messages"
+NO_PLACE = "has no place in a row of this format; write the row as messages"
 
 
 def alpaca(row: Row, origin: str) -> Instruction:
-    if row.get("tools"):
-        raise RowError(NO_TOOLS, "tools")
+    refuse_names_of_others(row, ("tools",))
     instruction, input_, output = text(row, "instruction"), optional(row, "input"), filled(row, "output")
     return Instruction(instruction, input_, output, optional(row, "system"), history(row), origin)
 
@@ -170,14 +169,20 @@ def prompt_completion(row: Row, origin: str) -> Completion | Chat:
     """Two texts, or two lists of messages."""
     if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
         return conversational(row, origin)
-    for name in ("system", "tools"):
-        if row.get(name):
-            raise RowError(NO_TOOLS, name)
+    refuse_names_of_others(row, ("system", "tools", "history", "input"))
     return Completion(text(row, "prompt"), filled(row, "completion"), origin)
 
 
 def raw_text(row: Row, origin: str) -> Text:
+    refuse_names_of_others(row, ("system", "tools", "history"))
     return Text(filled(row, "text"), origin)
+
+
+def refuse_names_of_others(row: Row, names: tuple[str, ...]) -> None:
+    """What another format reads would be lost here, and nobody would know."""
+    for name in names:
+        if row.get(name):
+            raise RowError(NO_PLACE, name)
 
 
 PARSERS: dict[str, Callable[[Row, str], Example]] = {

@@ -292,6 +292,8 @@ def test_the_key_of_a_bad_row_is_the_files_own(tmp_path):
         ({"instruction": "Add.", "output": "4", "history": [[None, "4"]]}, "history[0][0] is null"),
         ({"instruction": "Add.", "output": "4", "tools": [{}]}, "tools has no place in a row of this format"),
         ({"prompt": "2+2=", "completion": "4", "system": "s"}, "system has no place in a row of this format"),
+        ({"prompt": "2+2=", "completion": "4", "input": "s"}, "input has no place in a row of this format"),
+        ({"text": "2+2=4", "system": "s"}, "system has no place in a row of this format"),
         ({"messages": [ASK, ANSWER | {"tool_call": {"name": "add"}}]}, "messages[1].tool_call says something that no"),
         ({"messages": [ASK, ANSWER | {"refusal": "No."}]}, "messages[1].refusal says something that no part"),
         ({"messages": [ASK, ANSWER], "functions": [{"name": "f"}]}, "functions says something that no part"),
