@@ -65,6 +65,22 @@ def test_ranks_change_nothing(method: str, sharding: str, launch: Launch, recipe
         assert "all steps done" in ended.logs[0] and not ended.logs[1]  # the first alone speaks
 
 
+@pytest.mark.parametrize("micro_batches", [2, 3])
+@pytest.mark.parametrize("method", ["lora", "qlora", "full"])
+def test_every_micro_batch_gathers_the_same_weights(
+    method: str, micro_batches: int, launch: Launch, recipe: Path, tmp_path: Path
+) -> None:
+    """With blocks that keep all they compute, as where memory is plenty."""
+    arguments = [str(recipe), f"method={method}", "train.batch_size=1", "train.gradient_checkpointing=none"]
+    arguments += ["train.max_steps=5", "eval.every_steps=2", "save.every_steps=0", "optim.learning_rate=1e-3"]
+    alone = [*arguments, f"train.gradient_accumulation_steps={2 * micro_batches}", f"out={tmp_path / 'alone'}"]
+    assert launch(1, jobs.train, alone).codes == [0]
+    spread = [*arguments, *over((2, 1, micro_batches)), "parallel.sharding=full", f"out={tmp_path / 'spread'}"]
+    ended = launch(2, jobs.train, spread)
+    assert ended.codes == [0, 0], "\n".join(ended.logs)
+    assert_same(tmp_path / "alone", tmp_path / "spread")
+
+
 @pytest.mark.parametrize(
     ("mistake", "keys"),
     [
