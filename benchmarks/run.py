@@ -27,6 +27,7 @@ from shapes import SIZES, write_full_rows, write_model
 from minitune import files
 from minitune.config import knobs, load_config, read_value
 from minitune.data import prepare
+from minitune.log import versions
 from minitune.loss import IGNORE
 from minitune.pretrained import find
 from minitune.tokenizer import load_tokenizer
@@ -225,7 +226,7 @@ def measure_ours(
                 continue
             waiting.remove(case)
             before -= not lost
-            result = {"failed": f"{code}: {log.read_text()[-1500:]}"} if lost else json.loads(out.read_text())
+            result = failure(code, log) if lost else json.loads(out.read_text())
             found[case["name"]] = told(case, options.label, recipes[case["name"]]) | with_share(case, result)
             report(found[case["name"]], None)
             if lost:
@@ -241,8 +242,12 @@ def measure_rival(
     out.unlink(missing_ok=True)
     log = out.with_suffix(".log")
     code = run([str(HERE / "peers" / "peer.py"), str(settings), str(out)], log, options.timeout)
-    result = json.loads(out.read_text()) if out.exists() else {"failed": f"{code}: {log.read_text()[-1500:]}"}
+    result = json.loads(out.read_text()) if out.exists() else failure(code, log)
     return told(case | rival, rival["system"], settings) | result
+
+
+def failure(code: str, log: Path) -> dict[str, Any]:
+    return {"failed": f"{code}: {log.read_text()[-1500:]}", "versions": versions()}
 
 
 def run(arguments: list[str], log: Path, timeout: int) -> str:

@@ -26,8 +26,8 @@ from minitune.nf4 import NF4Linear
 
 PIECE = 2**18  # numbers that are digested at once
 UNPROVEN = (
-    "spread over 2 GPUs, with two micro-batches a step, this gave wrong losses once (PyTorch 2.11); what was done about "
-    "it has not run on GPUs yet. Hold the first losses to those of parallel.sharding = 'replicate'"
+    "spread over 2 GPUs, with two micro-batches a step, this gave wrong losses once (PyTorch 2.11); what was done "
+    "about it has not run on GPUs yet. Hold the first losses to those of parallel.sharding = 'replicate'"
 )
 
 

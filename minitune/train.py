@@ -21,6 +21,7 @@ from minitune import (
     pretrained,
     runs,
     secrets,
+    sharding,
     shards,
     trouble,
 )
