@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minitune import files
 from minitune.adapters import ADAPTERS, adapters, exported
 from minitune.adapters.whole import TrainedCopy
-from minitune.config import LINEARS, LoRAConfig, ModelConfig, what_is_wrong
+from minitune.config import ENDS, LINEARS, LoRAConfig, ModelConfig, what_is_wrong
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
 from minitune.header import open_tensors, read_header
@@ -125,11 +125,18 @@ def load(folder: Path, model: nn.Module) -> None:
         UserError: names that match nothing, places left empty, other shapes; all listed.
     """
     check_fits(folder, model)
-    path, places = inside(folder, WEIGHTS), state(model)
+    path, places, copied = inside(folder, WEIGHTS), state(model), base_copies(model)
     for adapter in adapters(model).values():
         if hasattr(adapter, "export"):
             adapter.reset_parameters()  # it stands on what it started from
     with torch.no_grad(), open_tensors(path) as file:
+        for name in copied.keys() & set(file.keys()):
+            if not copied[name].is_meta and not torch.equal(file.get_tensor(name).to(copied[name]), copied[name]):
+                raise UserError(
+                    f"{path}: {name} is a weight of the base, as PEFT saves it beside an adapted embedding or head, "
+                    "and it differs from that of the base here; the adapter was trained on another base, so name that "
+                    "one as base_model_name_or_path"
+                )
         filled: dict[int, str] = {}
         for name, place in places.items():
             twin = filled.setdefault(place.data_ptr(), name)
@@ -143,17 +150,23 @@ def load(folder: Path, model: nn.Module) -> None:
 def check_fits(folder: Path, model: nn.Module) -> None:
     """Hold an adapter folder's header to a model, which may still be without memory. Raises as `load` does."""
     path = inside(folder, WEIGHTS)
-    said, places = read_header(path), state(model)
-    problems = [f"{name} matches nothing in the model" for name in sorted(said.keys() - places.keys())]
+    said, places, copied = read_header(path), state(model), base_copies(model)
+    problems = [f"{name} matches nothing in the model" for name in sorted(said.keys() - places.keys() - copied.keys())]
     problems += [f"{name} is missing" for name in sorted(places.keys() - said.keys())]
-    for name in sorted(said.keys() & places.keys()):
-        if said[name].shape != tuple(places[name].shape):
-            problems.append(f"{name} is {said[name].shape}, the model has {tuple(places[name].shape)}")
+    for name in sorted(said.keys() & (places | copied).keys()):
+        if said[name].shape != (shape := tuple((places | copied)[name].shape)):
+            problems.append(f"{name} is {said[name].shape}, the model has {shape}")
         elif said[name].dtype not in FLOATS:
             problems.append(f"{name} has dtype {said[name].dtype}; only {', '.join(FLOATS)} are read")
     if problems:
         more = f"\n  and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise UserError(f"{path} does not fit this model:\n  " + "\n  ".join(problems[:20]) + more)
+
+
+def base_copies(model: nn.Module) -> dict[str, Tensor]:
+    """PEFT's name -> the base's own weight, of an adapted embedding or head: its files may hold it too."""
+    found = {name: each for name, each in adapters(model).items() if name.endswith(ENDS)}
+    return {f"{PREFIX}{name}.base_layer.weight": adapter.base.weight.detach() for name, adapter in found.items()}
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:

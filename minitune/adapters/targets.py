@@ -49,6 +49,11 @@ def choose(model: nn.Module, cfg: LoRAConfig) -> Chosen:
     found = matched(cfg, names)
 
     whole, rows = kept_whole(modules, cfg, tied), token_rows(modules, cfg, tied)
+    if twice := [name for name in whole if name in rows]:  # a tied pair, or an end of a name that the recipe hides
+        raise UserError(
+            f"lora.modules_to_save: {', '.join(twice)} would train whole, its rows with it; leave it out of "
+            "there or of trainable_token_indices"
+        )
     asked = targets(cfg, names, found)
     adapted = [name for name in asked if name not in excluded(cfg, names, found) | within(cfg, names)]
     for name in adapted:

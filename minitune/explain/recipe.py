@@ -165,7 +165,7 @@ def cost(module: nn.Module, dtype: torch.dtype, tokens: int, gradient: bool) -> 
     """One pass of a linear over so many tokens, a token; `gradient`: whether what it reads needs one."""
     if isinstance(base := getattr(module, "base", module), NF4Linear):
         base.storage()  # makes a constant that no pass makes again
-    x = torch.empty(tokens, module.in_features, dtype=dtype, device="meta", requires_grad=gradient)
+    x = torch.empty(tokens, base.in_features, dtype=dtype, device="meta", requires_grad=gradient)
     with Meter() as there:
         y = module(x)
     with Meter() as back:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minitune import adapters, checkpoint, parallel, peft_format, pretrained, runs, shards
 from minitune.adapters.lora import LoRALinear
-from minitune.build import compose
+from minitune.build import compose, fill
 from minitune.checkpoint import Damaged
 from minitune.config import Config, LoRAConfig, load_config
 from minitune.errors import UserError
@@ -48,7 +48,8 @@ def view(folder: Path) -> UpdatesView:
 
 
 def opened(folder: Path) -> tuple[Llama, Config, Path]:
-    """A model whose adapters alone have memory, filled; its recipe, and the folder of its base."""
+    """A model whose adapters are filled, and alone have memory where they need no base; its recipe, and the folder of
+    its base."""
     run = folder.parent.parent if (folder / checkpoint.MANIFEST).exists() else folder
     if (folder / peft_format.CONFIG).exists():
         lora, where = peft_format.read_config(folder)
@@ -63,7 +64,10 @@ def opened(folder: Path) -> tuple[Llama, Config, Path]:
     if cfg.method == "full":
         raise UserError(f"{folder} trained the whole model and has no adapter to explain")
     model, _ = compose(cfg, base, CPU)
-    parallel.materialize(adapters.own_modules(model), CPU)
+    if any(list(module.buffers(recurse=False)) for module in adapters.own_modules(model)):
+        fill(model, cfg, base, CPU)  # what stands in no checkpoint follows from the seed and the base's weights
+    else:
+        parallel.materialize(adapters.own_modules(model), CPU)
     if (folder / peft_format.CONFIG).exists():
         peft_format.load(folder, model)
     elif run == folder:

@@ -169,6 +169,7 @@ def test_merging_minds_the_patterns(base: Path, tmp_path: Path) -> None:
         ({"trainable_token_indices": (5, ref.VOCAB)}, "rows for the tokens 0 to 130, and none for 131"),
         ({"trainable_token_indices": {"q_proj": [5]}}, "trainable_token_indices.*q_proj"),
         ({"trainable_token_indices": (5,), "target_modules": ("embed_tokens",)}, "another way"),
+        ({"trainable_token_indices": (5,), "modules_to_save": ("tokens",)}, "embed_tokens would train whole"),
         ({"rank_pattern": {"a)|(b": 3}}, "rank_pattern"),
         ({"rank_pattern": {"(": 3}}, "no regular expression"),
     ],
@@ -351,3 +352,20 @@ def test_vllm_s_limits_are_said() -> None:
     assert "alpha_pattern" in peft_format.vllm_limits(config({"alpha_pattern": {"q_proj": 3}}))
     assert "modules_to_save" in peft_format.vllm_limits(config({"modules_to_save": ("lm_head",)}))
     assert peft_format.vllm_limits(config({})) is None
+
+
+def test_a_folder_with_peft_s_copies_of_the_base_loads_if_they_are_the_base_s(base: Path, tmp_path: Path) -> None:
+    """PEFT's default, where the embedding or the head is adapted."""
+    ours, theirs, _ = beside(base, {"target_modules": ("q_proj", "embed_tokens", "lm_head")}, False)
+    theirs.save_pretrained(tmp_path / "a")
+    path = tmp_path / "a" / peft_format.WEIGHTS
+    weights = load_file(path)
+    name = "base_model.model.lm_head.base_layer.weight"
+    cfg, _ = peft_format.read_config(tmp_path / "a")
+    again, tokens = pretrained.load(base), ref.token_rows(2, 19)
+    adapters.attach(again, cfg)
+    peft_format.load(tmp_path / "a", again)
+    assert ref.relative(again.eval()(tokens), ours.eval()(tokens)) < 1e-6
+    save_file({**weights, name: weights[name] + 1e-3}, path)
+    with pytest.raises(UserError, match="another base"):
+        peft_format.load(tmp_path / "a", again)

@@ -1,6 +1,7 @@
 """explain: counts against the model, FLOPs against PyTorch's own counter, spectra against the dense product's."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from minitune.adapters.lora import LoRALinear
 from minitune.config import Config, LoRAConfig, load_config
 from minitune.explain import page, recipe, updates
 from minitune.pretrained import TINY, read_config
+from minitune.train import train
 
 CPU = torch.device("cpu")
 
@@ -27,6 +29,8 @@ def asked(*keys: str) -> Config:
         ("method=lora", "lora.r=5"),
         ("method=lora", 'lora.target_modules=["v_proj", "down_proj"]'),
         ("method=lora", 'lora.target_modules=["up_proj"]'),
+        ("method=lora", 'lora.modules_to_save=["lm_head"]'),
+        ("method=lora", "lora.trainable_token_indices=[5, 3]"),
         ("method=full",),
     ],
     ids=str,
@@ -146,3 +150,13 @@ def test_adapters_start_as_no_update_at_all() -> None:
     found = updates.update(name, adapter, torch.ones(256, 256, dtype=torch.float64))
     assert (found.effective_rank, found.rank_90, found.norm) == (0.0, 0, 0.0)
     assert "nan" not in page.heat_map([found], lambda one: one.norm)
+
+
+@pytest.mark.parametrize("variant", ["pissa", "lora_fa"])
+def test_a_checkpoint_is_explained_as_its_run_is(tmp_path: Path, variant: str) -> None:
+    """No checkpoint holds the buffers of these variants."""
+    plain = ("train.max_steps=1", "train.batch_size=1", "eval.samples=0", "data.max_seq_len=128", "data.cache=none")
+    train(load_config([f"lora.variant={variant}", f"out={tmp_path / 'run'}", "save.every_steps=1", *plain]))
+    run, checkpoint = (updates.view(tmp_path / each) for each in ("run", "run/checkpoints/step-000001"))
+    for one, other in zip(run.updates, checkpoint.updates, strict=True):
+        assert one.norm > 0 and other.norm == pytest.approx(one.norm, rel=1e-4)
