@@ -223,9 +223,6 @@ def contradictions(cfg: Config, given: dict[str, str]) -> Iterator[tuple[tuple[s
         yield ("lora.loraplus_lr_ratio", "lora.variant"), "only variant loraplus has two learning rates; leave it out"
     if "lora.alpha" in lora and cfg.lora.variant == "vera":
         yield ("lora.alpha", "lora.variant"), "vera has no alpha, its vectors are the scale; leave it out"
-    for key in ("rank_pattern", "alpha_pattern", "trainable_token_indices", "exclude_modules"):
-        if getattr(cfg.lora, key) and cfg.lora.variant == "vera":
-            yield (f"lora.{key}", "lora.variant"), "vera has no such thing in PEFT's files; leave it out"
     if cfg.method == "full" and lora:
         yield lora, "method=full trains no adapter; leave it out, or set method=lora"
 

@@ -36,6 +36,8 @@ def main(arguments: list[str]) -> None:
     cfg = None if folder else load_config(rest)
     if options.html and not options.html.parent.is_dir():
         raise UserError(f"--html: there is no folder {options.html.parent}")
+    if options.html and options.html.is_dir():
+        raise UserError(f"--html: {options.html} is a folder; name a file in it")
     from minitune import files
     from minitune.explain import page, recipe, terminal, updates
     from minitune.preview.terminal import in_colour

@@ -43,7 +43,8 @@ from minitune.adapters.rows import TokenRows
 from minitune.adapters.rslora import RsLoRALinear
 from minitune.adapters.vera import VeRALinear
 from minitune.adapters.whole import TrainedCopy
-from minitune.config import LoRAConfig
+from minitune.config import ENDS, LoRAConfig
+from minitune.errors import UserError
 
 ADAPTERS: dict[str, type[nn.Module]] = {
     "lora": LoRALinear,
@@ -65,7 +66,9 @@ def attach(model: nn.Module, cfg: LoRAConfig) -> list[str]:
     head that shares its weight with the embedding (merging it would change the embedding too).
     """
     model.requires_grad_(False)
-    chosen = targets.choose(model, cfg)
+    chosen, kind = targets.choose(model, cfg), ADAPTERS[cfg.variant]
+    if kind.PEFT_CONFIG.get("peft_type", "LORA") != "LORA":
+        refuse_lora_s_own(cfg, set(chosen.whole) if model.config.tie_word_embeddings else set())
     name_of = {module: name for name, module in model.named_modules()}
     tied, twins = model.config.tie_word_embeddings, {}
 
@@ -79,17 +82,25 @@ def attach(model: nn.Module, cfg: LoRAConfig) -> list[str]:
         elif isinstance(leaf, nn.Embedding):
             made = LoRAEmbedding(leaf, chosen.adapted[name])
         else:
-            made = ADAPTERS[cfg.variant](leaf, chosen.adapted[name])
+            made = kind(leaf, chosen.adapted[name])
         if name.endswith("embed_tokens"):
             twins[True] = made
         return made.train(leaf.training)
 
     asked = {*chosen.adapted, *chosen.whole, *chosen.rows}
     names = surgery.replace(model, lambda name, leaf: name in asked, make)
-    kind = ADAPTERS[cfg.variant]
     if hasattr(kind, "share"):
         kind.share([each for each in adapters(model).values() if isinstance(each, kind)])
     return names
+
+
+def refuse_lora_s_own(cfg: LoRAConfig, tied_and_whole: set[str]) -> None:
+    """Refuse what PEFT's files can say of LoRA and of no other kind of adapter."""
+    keys = ("rank_pattern", "alpha_pattern", "exclude_modules", "trainable_token_indices")
+    said = [key for key in keys if getattr(cfg, key)]
+    said += ["modules_to_save"] if any(name.endswith(ENDS) for name in tied_and_whole) else []
+    if said:
+        raise UserError(f"lora.{said[0]}: variant {cfg.variant} cannot have it in PEFT's files here; leave it out")
 
 
 def reset(model: nn.Module, seed: int) -> None:

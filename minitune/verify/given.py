@@ -130,7 +130,8 @@ def check_face(kind: type[nn.Module], path: Path) -> None:
 
 def where(error: BaseException, path: Path) -> str:
     """What an error says, and the last line of the file that it came by."""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
     lines += [error.lineno] if isinstance(error, SyntaxError) and error.lineno else []
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0] if said else ''}" + (f" (line {lines[-1]})" if lines else "")

@@ -179,6 +179,23 @@ def test_what_matches_nothing_or_cannot_be_is_refused(base: Path, shape: dict[st
         adapters.attach(pretrained.load(base), config(shape))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"rank_pattern": {"q_proj": 3}},
+        {"alpha_pattern": {"q_proj": 3.0}},
+        {"exclude_modules": ("q_proj",)},
+        {"trainable_token_indices": (3,)},
+        {"modules_to_save": ("lm_head",)},
+    ],
+    ids=lambda shape: next(iter(shape)),
+)
+def test_what_peft_s_files_say_of_lora_alone_is_refused_of_others(tied_base: Path, shape: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=f"{next(iter(shape))}: variant vera cannot"):
+        adapters.attach(pretrained.load(tied_base), config(shape | {"variant": "vera"}))
+    adapters.attach(pretrained.load(tied_base), config({"modules_to_save": ("norm",), "variant": "vera"}))
+
+
 @pytest.mark.parametrize("key", ["target_modules", "rank_pattern"])
 def test_an_expression_that_never_ends_is_stopped(base: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     endless = r"(\w+\.?)+\d!"
