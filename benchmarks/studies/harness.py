@@ -187,7 +187,7 @@ class Bench:
         keys = {"train.max_steps": task.steps, "data.columns": task.columns, **keys, "seed": seed}
         learned = Path(keys.pop("data.train", task.train))
         recipe = with_keys(RECIPE, keys)
-        facts = [recipe, files.sha256(learned), files.sha256(rows), versions()["minitune"], versions()["torch"]]
+        facts = [recipe, files.sha256(learned), files.sha256(rows), versions().get("minitune"), versions()["torch"]]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         if digest not in self.known:
             self.known[digest] = {"digest": digest} | self.train(recipe, learned, rows)
