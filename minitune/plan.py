@@ -95,8 +95,8 @@ def memory(
         shared = [p for p in model.parameters() if full or not p.requires_grad]
         block = sum(p.nbytes for p in model.layers[0].parameters() if full or not p.requires_grad)
         weights -= sum(p.nbytes for p in shared) * (shards - 1) // shards
-        # A block at work, the next, and where it arrives; the head throughout, or as long as the forward pass lasts, and
-        # at its start the embedding, twice.
+        # A block at work, the next, and where it arrives; the head, throughout or in the forward pass; at the start of
+        # that the embedding, twice.
         passing += 3 * block + 2 * width * V * D if full else max(3 * block + width * V * D, 3 * width * V * D)
         if full:
             a_block = sum(p.numel() for p in model.layers[0].parameters())

@@ -1,6 +1,6 @@
 """scripts/train.py on a GPU that stays behind the host: what happens to be in time elsewhere comes too late here.
 
-    torchrun --nproc-per-node 2 tests/gpu/behind.py KEY=VALUE ...
+torchrun --nproc-per-node 2 tests/gpu/behind.py KEY=VALUE ...
 """
 
 import torch
