@@ -61,7 +61,7 @@ def measure(name: str, tokens: int, steps: int, real: bool, card: float) -> dict
         if ranks > 1 and not real:
             pretend(ranks)
         device = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             if torch.cuda.is_available()
             else torch.device("cpu")
         )

@@ -29,6 +29,7 @@ class Memory:
     moments: int  # the optimizer's, where they are not paged
     gradients: int
     accumulates: bool  # gradients are there from one micro-batch to the next
+    arriving: int  # a micro-batch's gradients, where they are apart from the sum until its backward pass is over
     dense: int  # one block's four-bit weights made dense
     blocks: int
     kept: dict[Keep, int]  # by one block, between forward and backward
@@ -47,11 +48,13 @@ class Memory:
         kept = (self.blocks - recomputed) * self.kept[Keep.ALL] + away * self.kept[least]
         always = self.weights + self.moments + (self.dense * self.blocks if choice.dense else self.dense)
         earlier = self.gradients if self.accumulates else 0
+        coming = earlier + self.arriving if self.arriving else self.gradients
         return always + max(
             kept + earlier + self.head + self.passing_head,
             kept + earlier + self.working[choice.keep[-1]] + self.passing,
-            self.kept[least] + self.gradients + self.working[least] + self.passing,
+            self.kept[least] + coming + self.working[least] + self.passing,
             earlier + self.passing_embedding,
+            self.gradients,
         )
 
 
@@ -94,7 +97,7 @@ def memory(
     weights = sum(p.nbytes for p in (*model.parameters(), *model.buffers()))  # buffers: what variants freeze
     full = cfg.method == "full"
     passing = passing_head = 2 * 4 * min(BUCKET, numbers) if ranks > 1 and not (full and shards > 1) else 0
-    passing_embedding = 0
+    passing_embedding = arriving = 0
     if shards > 1:
         shared = [p for p in model.parameters() if full or not p.requires_grad]
         block = sum(p.nbytes for p in model.layers[0].parameters() if full or not p.requires_grad)
@@ -107,12 +110,14 @@ def memory(
             a_block = sum(p.numel() for p in model.layers[0].parameters())
             sums = (width + 4 + 4 // shards) * max(a_block, V * D)  # a unit's gradients, on their way to be summed
             passing += sums - block  # for which no block is on its way in the backward pass
-            numbers, here, grads = numbers // shards, here // shards, 4 * numbers // shards
+            numbers, here = numbers // shards, here // shards
+            grads, arriving = 4 * numbers, width * numbers
     return Memory(
         weights=weights + copies,
         moments=a_number * here,
         gradients=grads,
         accumulates=accumulates,
+        arriving=arriving,
         dense=sum(width * m.in_features * m.out_features for m in four_bits),
         blocks=config.num_hidden_layers,
         kept=kept,
