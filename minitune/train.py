@@ -230,7 +230,7 @@ def loop(
             speed.read()  # the time of an evaluation is not the steps'
 
         done = progress.step == steps or progress.worn_out(cfg.eval.early_stopping_patience)
-        if better or stop or due(progress.step, cfg.save.every_steps) or (done and cfg.save.every_steps):
+        if better or done or stop or due(progress.step, cfg.save.every_steps):
             judge(outcomes.all())
             saver.save(model, optimizer, progress)
         if stop:
