@@ -121,6 +121,7 @@ def make_task(cfg: Config, device: torch.device) -> Task:
 def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     """Build the model, go on from the newest checkpoint, train, hand over."""
     cfg, folder, data = task.cfg, task.folder, task.data
+    parallel.on_first(lambda: runs.refuse_others(folder))
     parallel.on_first(lambda: files.sweep(folder, *runs.MADE, *runs.NOTES))
     parallel.on_first(lambda: files.sweep(folder / "checkpoints", "step-*"))
     model, made_of = build.compose(cfg, task.base, task.device)
@@ -149,10 +150,10 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
         "digests": data.digests,
         "steps": task.steps,
     }
+    runs.note(folder, facts, progress, "not finished")  # before all else: from here on the folder is a run's
     if parallel.is_first():
         data.write_left_out(folder / "left_out.jsonl")
         files.write_text(folder / "config.toml", dump(cfg))
-    runs.note(folder, facts, progress, "not finished")
 
     try:
         with (
