@@ -99,6 +99,7 @@ def note(run: Path, facts: dict[str, Any], progress: Progress, reason: str) -> d
     best = {"best_step": progress.best_step, "best_eval_loss": progress.best_loss}
     whole = {**facts, **how_far, **best, "finish_reason": reason}
     if parallel.is_first():
+        lock.must_be_there(run)
         files.write_json(run / "run.json", whole)
     return whole
 

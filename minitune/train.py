@@ -4,6 +4,7 @@ Read `train` first: it prepares, loops, and hands over. What a model is made of 
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
         ):
             loop(task, model, optimizer, progress, log, saver, stop)
     except (Interrupted, RunFailed) as ending:
-        runs.note(folder, facts, progress, str(ending))
+        with suppress(RunFailed):  # the folder may have gone
+            runs.note(folder, facts, progress, str(ending))
         raise
     handed_over = hand_over(task, model, progress)
     samples.answer("after")
@@ -268,6 +270,7 @@ def loop(
 
 def hand_over(task: Task, model: Llama, progress: Progress) -> int:
     """Write the adapter or the model, of the best step by evaluation loss, else of the last; returns which."""
+    parallel.on_first(lambda: lock.must_be_there(task.folder))
     step = progress.step
     if progress.best_step not in (None, step):
         best = task.folder / "checkpoints" / checkpoint.name_of(progress.best_step)

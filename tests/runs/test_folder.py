@@ -1,14 +1,18 @@
 """Whose a folder is: what is somebody's own is not written over, and a run knows its own wherever it was cut."""
 
+import itertools
 import json
 import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import Start, metrics
 
-from minitune import files, runs
-from minitune.errors import UserError
+from minitune import checkpoint, files, lock, runs, train
+from minitune.errors import Interrupted, RunFailed, UserError
+from minitune.saver import Saver
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -132,3 +136,89 @@ def test_a_run_json_that_is_no_runs_marks_nothing(tmp_path: Path, text: str) -> 
     assert not runs.is_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"identity": {}}))
     assert runs.is_run(tmp_path)
+
+
+# ---- a folder that is moved under its run ----------------------------------------------------------------------------
+
+
+def move(run: Path, moved: Path, anew: bool) -> None:
+    run.rename(moved)
+    if anew:
+        run.mkdir()
+
+
+def move_at(patch: pytest.MonkeyPatch, where: str, act: Callable[[], None]) -> None:
+    """Before the sixth step begins, or something else for the first time."""
+    owner, name, nth = {
+        "step": (train, "take_step", 6),
+        "inside a save": (checkpoint, "damaged", 2),
+        "handing over": (train, "hand_over", 1),
+        "the last note": (runs, "made", 1),
+    }[where]
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments: object, **options: object) -> object:
+        if next(calls) == nth:
+            act()
+        return real(*arguments, **options)
+
+    patch.setattr(owner, name, call)
+
+
+@pytest.mark.parametrize(
+    ("where", "anew", "board"),
+    [
+        ("step", False, "true"),  # TensorBoard opens its file by name for each line
+        ("step", True, "false"),
+        ("inside a save", False, "false"),
+        ("handing over", True, "false"),
+        ("the last note", False, "false"),
+    ],
+)
+def test_a_moved_folder_ends_the_run_and_nothing_is_written_in_its_place(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, anew: bool, board: str
+) -> None:
+    """What was moved is whole, and goes on exactly when it is back."""
+    more = ("train.max_steps=6", f"log.tensorboard={board}")
+    straight, _ = start("straight", *more)
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    with monkeypatch.context() as patch:
+        move_at(patch, where, lambda: move(run, moved, anew))
+        with pytest.raises(RunFailed, match=r"run was moved or deleted while .*; move it back") as told:
+            start("run", *more)
+    assert "\n" not in str(told.value) and str(run) in str(told.value)
+    assert run.exists() == anew and not (anew and list(run.rglob("*")))
+    assert not (moved / "run.lock").exists() and not lock.held
+    if anew:
+        run.rmdir()
+    moved.rename(run)
+    _, facts = start("run", *more)
+    assert facts["finished"] and losses(run) == losses(straight)
+
+
+def test_half_a_run_would_be_written_in_its_place(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, moved = tmp_path / "run", tmp_path / "moved"
+    monkeypatch.setattr(lock, "must_be_there", lambda run: None)
+    move_at(monkeypatch, "step", lambda: move(run, moved, False))
+    start("run")
+    assert (run / "adapter").exists() and not (run / "config.toml").exists()
+
+
+def test_a_signal_in_a_moved_folder_that_is_saved_is_a_signal(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing had to be written but a note of it, which is left out."""
+    run, moved = tmp_path / "run", tmp_path / "moved"
+
+    def act() -> None:
+        move(run, moved, False)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    move_at(monkeypatch, "step", act)
+    real = Saver.save
+    monkeypatch.setattr(Saver, "save", lambda self, *state: None if moved.exists() else real(self, *state))
+    with pytest.raises(Interrupted):
+        start("run")
+    assert not run.exists()
