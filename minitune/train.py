@@ -31,11 +31,13 @@ from minitune.data import Prepared, prepare
 from minitune.data.packing import Batch, Corpus, fill
 from minitune.data.stream import Stream
 from minitune.errors import Interrupted, RunFailed, UserError
+from minitune.identity import check_identity, identity_of
 from minitune.log import NoLog, RunLog, Speed, count, say, versions
 from minitune.model import Llama
 from minitune.precision import DTYPES
 from minitune.preview.documents import glance
 from minitune.progress import Progress
+from minitune.resume import load_trained, resume, unfit
 from minitune.samples import Samples, check_samples_fit
 from minitune.saver import Saver
 from minitune.signals import Stop, stop_signals
@@ -65,7 +67,7 @@ def train(cfg: Config) -> dict[str, Any]:
         if cfg.train.resume == "never":
             parallel.on_first(lambda: runs.set_aside(task.folder))
         elif (finished := parallel.of_first(lambda: runs.finished(task.folder))) is not None:
-            checkpoint.check_identity(task.folder / "run.json", finished["identity"], task.identity)
+            check_identity(task.folder / "run.json", finished["identity"], task.identity)
             say(f"{task.folder} is finished ({finished['finish_reason']} at step {finished['step']}); nothing to do")
             return finished
 
@@ -109,7 +111,7 @@ def make_task(cfg: Config, device: torch.device) -> Task:
         fill=round(fill(data.train.lengths, stream.rows_per_epoch, cfg.data.max_seq_len), 4),
     )
     steps = cfg.train.max_steps or cfg.train.num_epochs * stream.steps_per_epoch
-    identity = checkpoint.identity(cfg, parallel.of_first(lambda: pretrained.fingerprint(base)), data.digests)
+    identity = identity_of(cfg, parallel.of_first(lambda: pretrained.fingerprint(base)), data.digests)
     identity |= {
         "the documents made of the data": data.train.digest,
         "rows of a step (train.batch_size x train.gradient_accumulation_steps x processes)": stream.rows_per_step,
@@ -142,7 +144,7 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
 
     samples = Samples(cfg, model, task.tokenizer, data.samples)
     samples.answer("before")  # the adapters have just been reset, or the weights loaded: this is the base itself
-    progress = checkpoint.resume(folder, model, optimizer, task.stream, task.identity, say) or Progress()
+    progress = resume(folder, model, optimizer, task.stream, task.identity, say) or Progress()
     facts = {
         "identity": task.identity,
         "versions": versions(),
@@ -274,8 +276,8 @@ def hand_over(task: Task, model: Llama, progress: Progress) -> int:
     step = progress.step
     if progress.best_step not in (None, step):
         best = task.folder / "checkpoints" / checkpoint.name_of(progress.best_step)
-        if (damage := parallel.of_first(lambda: checkpoint.unfit(best, model, task.identity))) is None:
-            checkpoint.load_trained(best, model)
+        if (damage := parallel.of_first(lambda: unfit(best, model, task.identity))) is None:
+            load_trained(best, model)
             step = progress.best_step
         else:
             say(f"warning: the best checkpoint, {best.name}, is damaged ({damage}); the last weights take its place")

@@ -45,7 +45,7 @@ def trust_all() -> None:
 
 def take_any_best() -> None:
     """The best checkpoint is handed over whosever it is."""
-    checkpoint.unfit = lambda *arguments: None
+    train.unfit = lambda *arguments: None
 
 
 def no_fsync() -> None:
