@@ -30,6 +30,8 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.shelf = Shelf(run)
+        if parallel.is_first():
+            files.make_parents(run / "checkpoints")  # here alone: a save after `run` was moved must find none
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Begin to write a checkpoint, unless this step has one."""

@@ -794,6 +794,7 @@ def test_it_goes_on_from_a_checkpoint_to_the_bit(wide_base: Path, tmp_path: Path
     model, optimizer, stream = fresh()
     progress = Progress(stream=stream.state())
     steps(model, optimizer, stream, progress, 2)
+    (tmp_path / "checkpoints").mkdir()
     checkpoint.write(tmp_path, checkpoint.snapshot(model, optimizer, progress, {"seed": 3}))
     steps(model, optimizer, stream, progress, 2)
     again, optimizer, stream = fresh()

@@ -151,6 +151,7 @@ def move_at(patch: pytest.MonkeyPatch, where: str, act: Callable[[], None]) -> N
     """Before the sixth step begins, or something else for the first time."""
     owner, name, nth = {
         "step": (train, "take_step", 6),
+        "before a save's first call": (checkpoint, "write", 2),
         "inside a save": (checkpoint, "damaged", 2),
         "handing over": (train, "hand_over", 1),
         "the last note": (runs, "made", 1),
@@ -170,6 +171,7 @@ def move_at(patch: pytest.MonkeyPatch, where: str, act: Callable[[], None]) -> N
     [
         ("step", False, "true"),  # TensorBoard opens its file by name for each line
         ("step", True, "false"),
+        ("before a save's first call", True, "false"),
         ("inside a save", False, "false"),
         ("handing over", True, "false"),
         ("the last note", False, "false"),
@@ -201,7 +203,7 @@ def test_half_a_run_would_be_written_in_its_place(
 ) -> None:
     run, moved = tmp_path / "run", tmp_path / "moved"
     monkeypatch.setattr(lock, "must_be_there", lambda run: None)
-    move_at(monkeypatch, "step", lambda: move(run, moved, False))
+    move_at(monkeypatch, "handing over", lambda: move(run, moved, True))
     start("run")
     assert (run / "adapter").exists() and not (run / "config.toml").exists()
 
@@ -218,7 +220,7 @@ def test_a_signal_in_a_moved_folder_that_is_saved_is_a_signal(
 
     move_at(monkeypatch, "step", act)
     real = Saver.save
-    monkeypatch.setattr(Saver, "save", lambda self, *state: None if moved.exists() else real(self, *state))
+    monkeypatch.setattr(Saver, "save", lambda self, *state: moved.exists() or (real(self, *state), self.wait()))
     with pytest.raises(Interrupted):
         start("run")
     assert not run.exists()

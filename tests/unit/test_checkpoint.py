@@ -78,6 +78,7 @@ def written(tmp_path: Path) -> State:
 
 
 def write(run: Path, state: State) -> Path:
+    (run / "checkpoints").mkdir(exist_ok=True)
     return checkpoint.write(run, checkpoint.snapshot(state.model, state.optimizer, state.progress, IDENTITY))
 
 
