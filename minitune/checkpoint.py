@@ -10,7 +10,7 @@ A checkpoint is a folder that appears by one rename, so it is there whole or not
 a file system notices a flipped bit, so the digests are checked before anything is used. Digests prove that the files
 are those of their manifest and not that a run wrote them, so what they hold is checked against the model as well.
 There is no pointer file: the newest valid checkpoint wins. No generator state is kept, since every random draw has a
-seed of its own (`seeds.py`). When they are written and deleted: `saver.py`.
+seed of its own (`seeds.py`). When they are written and deleted: `saver.py`. Going on from one: `resume.py`.
 """
 
 import errno
@@ -18,7 +18,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,94 +30,18 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from minitune import files, optim, parallel, sharding
-from minitune.config import Config
-from minitune.data.stream import Stream
-from minitune.errors import RunFailed, UserError
 from minitune.progress import Progress
 
 FILES = ("trained.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
 MOST_JSON = 2**26  # bytes of manifest.json or state.json that are read
-HARMLESS = (  # keys that may change between runs: they do not change what is learned, or other digests cover them
-    "out",
-    "model.path",
-    "model.revision",
-    "model.attention",
-    "data.train",
-    "data.eval",
-    "data.cache",
-    "data.category",
-    "data.checks",
-    "train.resume",
-    "train.deterministic",
-    "train.batch_size",  # the data cursor holds their product
-    "train.gradient_accumulation_steps",
-    "train.compile",
-    "train.gradient_checkpointing",
-    "train.offload",
-    "train.fused",
-    "model.dense_weights",
-    "eval",
-    "save",
-    "log",
-    "parallel",
-)
-DRAWS = (  # of these, the ones that decide which inputs an adapter drops: a mask is drawn for each micro-batch
-    "train.batch_size",
-    "train.gradient_accumulation_steps",
-    "train.compile",
-    "train.fused",
-)
 
 
 class Damaged(Exception):
     """A checkpoint that cannot be used; the message says why, as in "it is damaged (...)"."""
 
 
-# ---- what a run is -------------------------------------------------------------------------------------------------
-
-
-def identity(cfg: Config, base: dict[str, str], digests: dict[str, str]) -> dict[str, Any]:
-    """What must be the same for a run to go on: recipe keys that change the result, digests of base and data."""
-    unused = ("lora",) if cfg.method == "full" else ()
-    drops = cfg.method != "full" and cfg.lora.dropout > 0
-    draws = set(DRAWS if drops else ())
-    if cfg.train.batch_size == 1:  # each row is then a micro-batch, whichever rank it falls to
-        draws.discard("train.gradient_accumulation_steps")
-    harmless = {*HARMLESS, *unused} - draws
-    recipe = {}
-    for name, value in asdict(cfg).items():
-        keys = {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, dict) else {name: value}
-        recipe |= {key: v for key, v in keys.items() if not {key, name} & harmless}
-    data = {
-        what: [digests[name] for name in names]
-        for what, names in (("the data", cfg.data.train), ("the evaluation data", cfg.data.eval))
-    }
-    things = {**recipe, **base, **data}
-    return json.loads(json.dumps(things))  # as it will be read back
-
-
-def check_identity(path: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise UserError if what was saved at `path` is of another run, naming all that differs."""
-    changed = [key for key in expected | saved if saved.get(key) != expected.get(key)]
-    if changed:
-        lines = [f"  {key}: {told(saved.get(key))} then, {told(expected.get(key))} now" for key in changed]
-        draws = " Adapters with dropout draw it by micro-batch." if set(changed) & set(DRAWS) else ""
-        raise UserError(
-            f"{path} belongs to a run that differs from this one:\n"
-            + "\n".join(lines)
-            + "\nPut these back to go on with it, or choose another `out` (or train.resume = 'never') to start anew."
-            + draws
-        )
-
-
-def told(value: Any) -> str:
-    """A value for a message, long ones cut."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-# ---- saving --------------------------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -173,118 +97,7 @@ def write(run: Path, snapshot: Snapshot) -> Path:
     return path
 
 
-# ---- verifying and loading -----------------------------------------------------------------------------------------
-
-
-def resume(
-    run: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    stream: Stream,
-    expected: dict[str, Any],
-    say: Callable[[str], None],
-) -> Progress | None:
-    """Put the newest valid checkpoint of a run back into model, optimizer and data stream; how far it had come, or
-    None if there is none. A damaged one is set aside by name and the one before taken.
-
-    Raises:
-        UserError: the checkpoint belongs to a run whose identity differs from `expected`.
-    """
-    progress: Progress | None = None
-
-    def newest() -> str | None:
-        nonlocal progress
-        for path in reversed(checkpoints(run)):
-            try:
-                progress = load(path, model, optimizer, stream, expected)
-            except (Damaged, RecursionError) as damage:  # JSON that somebody has nested too deeply
-                aside = set_aside(path)
-                say(f"checkpoint {path.name} is damaged ({damage}); set aside as {aside.name}")
-            else:
-                say(f"going on from {path.name}")
-                return path.name
-        return None
-
-    found = parallel.of_first(newest)
-    if found is not None and progress is None:  # the first process has found it
-        try:
-            progress = load(run / "checkpoints" / found, model, optimizer, stream, expected)
-        except Damaged as damage:
-            raise RunFailed(f"{found} is whole to the first process, and to this one damaged ({damage})") from None
-    return progress
-
-
-def load(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, stream: Stream, expected: dict[str, Any]
-) -> Progress:
-    """Put a checkpoint back into model, optimizer and data stream; if it is no good (Damaged) into none of them."""
-    if (damage := damaged(path)) is not None:
-        raise Damaged(damage)
-    state = read_state(path)
-    check_identity(path, state["identity"], expected)
-    try:
-        progress = Progress.read(state["progress"])
-    except ValueError as error:
-        raise Damaged(str(error)) from None
-    if not state["step"] == progress.step == step_of(path):
-        raise Damaged(f"it says it is of step {told(state['step'])}")
-    if progress.stream != stream.state_at(progress.step):
-        raise Damaged("its place in the data is not that of its step")
-    trained = read_trained(path, model)
-    moments, numbers = own(model, read_tensors(path / "optimizer.safetensors")), state["optimizer"]
-    check_numbers(moments)
-    counted = {progress.applied} if progress.applied else optim.updates(moments, numbers) & {0}
-    if optim.updates(moments, numbers) != counted:
-        raise Damaged(f"its optimizer state is not that of {progress.applied} updates")
-    try:
-        optim.load_state(model, optimizer, moments, numbers)
-    except ValueError as error:
-        raise Damaged(str(error)) from None
-    put(trained, model)
-    stream.load(progress.stream)
-    return progress
-
-
-def load_trained(path: Path, model: nn.Module) -> None:
-    """Only the trained parameters of a checkpoint, e.g. of the best one at the end of a run. Raises Damaged."""
-    if (damage := damaged(path)) is not None:
-        raise Damaged(damage)
-    put(read_trained(path, model), model)
-
-
-def unfit(path: Path, model: nn.Module, run_is: dict[str, Any]) -> str | None:
-    """Why the trained parameters of a checkpoint are not those of this run at its step, or None."""
-    if (damage := damaged(path)) is not None:
-        return damage
-    state = read_state(path)
-    if state["identity"] != run_is:
-        return "it is of another run"
-    if state["step"] != step_of(path):
-        return f"it says it is of step {told(state['step'])}"
-    try:
-        read_trained(path, model)
-    except Damaged as damage:
-        return str(damage)
-    return None
-
-
-def read_trained(path: Path, model: nn.Module) -> dict[str, Tensor]:
-    """The trained parameters of a checkpoint, which fit the model."""
-    saved = own(model, read_tensors(path / "trained.safetensors"))
-    trained = optim.trained_parameters(model)
-    if saved.keys() != trained.keys():
-        raise Damaged(f"it trains other parameters: {', '.join(sorted(saved.keys() ^ trained.keys())[:5])}")
-    for name, parameter in trained.items():
-        if optim.kind_of(saved[name]) != optim.kind_of(parameter):
-            raise Damaged(f"{name} is {saved[name].dtype} {tuple(saved[name].shape)} in it")
-    check_numbers(saved)
-    return saved
-
-
-@torch.no_grad()
-def put(saved: dict[str, Tensor], model: nn.Module) -> None:
-    for name, parameter in optim.trained_parameters(model).items():
-        parameter.copy_(saved[name])
+# ---- verifying -----------------------------------------------------------------------------------------------------
 
 
 def damaged(path: Path) -> str | None:
@@ -330,14 +143,6 @@ def read_small(path: Path) -> dict[str, Any]:
 def is_numbers(value: Any) -> bool:
     """Whether it is a table of whole numbers, as optimizers keep beside their tensors."""
     return isinstance(value, dict) and all(type(x) is int and 0 <= x < 2**53 for x in value.values())
-
-
-def own(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of tensors that are spread over ranks, the rows that are here."""
-    try:
-        return sharding.parts(model, tensors)
-    except ValueError as error:
-        raise Damaged(str(error)) from None
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -131,7 +131,7 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class SaveConfig:
-    every_steps: Annotated[int, at_least(0)] = 100  # optimizer steps between checkpoints; 0: only the best
+    every_steps: Annotated[int, at_least(0)] = 100  # optimizer steps between checkpoints; 0: the best and the last
     keep_last: Annotated[int, at_least(1)] = 3  # checkpoints, besides the best
 
 

@@ -104,7 +104,8 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Fill a temporary folder; when the block ends well it becomes `path`, replacing what was there.
+    """Fill a temporary folder; when the block ends well it becomes `path`, replacing what was there. The folder it is
+    to be in is not made.
 
     If the block raises, `path` is as it was. A process killed in between leaves `path` or, in the moment between the
     two renames, what was there under another name; `sweep` puts that back, and clears the temporary folder.
@@ -113,8 +114,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     put_back(old)
     for leftover in (part, old):
         remove(leftover)
-    make_parents(path.parent)
-    part.mkdir()
+    part.mkdir()  # whose parent is there, or has gone while a run was in it
     try:
         yield part
         sync(part)

@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minitune.errors import UserError
+from minitune.errors import RunFailed, UserError
 from minitune.log import say
 
 NAME = "run.lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-held: set[tuple[int, int]] = set()  # folders (device, inode) that this process holds: its locks are blind to itself
+held: dict[tuple[int, int], int] = {}  # folders (device, inode) that this process holds: its locks are blind to itself
 
 
 @contextmanager
@@ -31,6 +31,7 @@ def hold(run: Path) -> Iterator[None]:
 
     Raises:
         UserError: another run is in it, or run.lock is something else than a plain file.
+        RunFailed: a file could not be had within the block, since the folder has been moved meanwhile.
     """
     folder = os.open(run, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)  # it may be renamed meanwhile
     key = (os.fstat(folder).st_dev, os.fstat(folder).st_ino)
@@ -38,16 +39,30 @@ def hold(run: Path) -> Iterator[None]:
         if key in held:
             raise UserError(f"{run} is in use by this very process; choose another `out`, or wait for that run's end")
         handle = take(run, folder)
-        held.add(key)
+        held[key] = folder
         try:
             yield
+        except OSError:
+            must_be_there(run)
+            raise
         finally:
-            held.discard(key)
+            del held[key]
             with contextlib.suppress(OSError):
                 os.unlink(NAME, dir_fd=folder)  # while it is held: whoever has just opened it will see it is gone
             os.close(handle)
     finally:
         os.close(folder)
+
+
+def must_be_there(run: Path) -> None:
+    """Raise RunFailed if the folder that this process holds is not at `run` any more: what is written by that name
+    would be half of a run, in a folder made anew."""
+    now = os.stat(run) if os.path.exists(run) else None
+    if held and not any(now and os.path.samestat(now, os.fstat(folder)) for folder in held.values()):
+        raise RunFailed(
+            f"{run} was moved or deleted while its run was under way, and no half of a run is written in its place; "
+            "move it back, and run again to go on from its newest checkpoint"
+        )
 
 
 def take(run: Path, folder: int) -> int:

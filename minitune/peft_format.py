@@ -83,6 +83,7 @@ def save(folder: Path, model: nn.Module, lora: LoRAConfig, base: ModelConfig) ->
     }
     if any(isinstance(each, TrainedCopy) and each.twin for each in adapters(model).values()):
         config["ensure_weight_tying"] = True
+    files.make_parents(folder.parent)
     with files.new_folder(folder) as part:
         files.write_tensors(part / WEIGHTS, {**export(model), **copies(model)})
         files.write_json(part / CONFIG, config)

@@ -1,11 +1,17 @@
-"""A run folder, as those open it who come after: the next start of the same run, a merge, generation."""
+"""A run folder, as those open it who come after: the next start of the same run, a merge, generation.
+
+run.json makes a folder a run's. It is the first that a run writes there, before it has trained anything, so whatever
+moment a run is cut at, either it stands there or nothing does but hidden files half-made; where it was lost since, a
+checkpoint tells as much. Files under a run's names with neither beside them are somebody's own, and left alone.
+"""
 
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from minitune import adapters, files, lock, parallel, pretrained
+from minitune import adapters, checkpoint, files, lock, parallel, pretrained
 from minitune.config import Config, load_config
 from minitune.errors import UserError
 from minitune.log import say
@@ -13,6 +19,7 @@ from minitune.progress import Progress
 
 MADE = ("adapter", "model")  # the folders that a run hands over
 NOTES = ("config.toml", "run.json", "metrics.jsonl", "left_out.jsonl")  # the files beside them that it writes whole
+NAMES = (*NOTES, *MADE, "checkpoints", "tensorboard")  # all that it writes, its lock aside
 HOW_TO_TRAIN = (
     "model.attention=auto",
     "model.dense_weights=never",
@@ -92,15 +99,37 @@ def note(run: Path, facts: dict[str, Any], progress: Progress, reason: str) -> d
     best = {"best_step": progress.best_step, "best_eval_loss": progress.best_loss}
     whole = {**facts, **how_far, **best, "finish_reason": reason}
     if parallel.is_first():
+        lock.must_be_there(run)
         files.write_json(run / "run.json", whole)
     return whole
 
 
+def is_run(run: Path) -> bool:
+    """Whether a folder is a run's, however far it came."""
+    if checkpoint.checkpoints(run):
+        return True
+    try:
+        return isinstance(files.read_json(run / "run.json").get("identity"), dict)
+    except UserError:
+        return False
+
+
+def refuse_others(run: Path) -> None:
+    """Raise UserError if a folder that is no run's holds what a run would write over."""
+    taken = [str(run / name) for name in NAMES if os.path.lexists(run / name)]
+    if taken and not is_run(run):
+        raise UserError(
+            f"{', '.join(taken)} {'is' if len(taken) == 1 else 'are'} in the way: {run} holds no run of minitune's (no "
+            "run.json of one, no checkpoint), and one would write over that; choose another `out`, or move it elsewhere"
+        )
+
+
 def set_aside(run: Path) -> None:
     """Make room for a new run without losing what an old one left."""
-    if not run.exists() or not {path.name for path in run.iterdir()} - {lock.NAME}:
+    names = {path.name for path in run.iterdir()} if run.exists() else set()
+    if not {name for name in names if not name.startswith(".")} - {lock.NAME}:
         return
-    if not (run / "config.toml").exists():
+    if not is_run(run):
         raise UserError(f"out: {run} is not empty and no run; choose another folder")
     with lock.hold(run):  # nobody is in it
         number = next(n for n in itertools.count(1) if not run.with_name(f"{run.name}.{n}").exists())

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minitune import checkpoint, files, parallel
+from minitune import checkpoint, files, lock, parallel
 from minitune.errors import RunFailed
 from minitune.log import say
 from minitune.progress import Progress
@@ -30,6 +30,8 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
         self.shelf = Shelf(run)
+        if parallel.is_first():
+            files.make_parents(run / "checkpoints")  # here alone: a save after `run` was moved must find none
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Begin to write a checkpoint, unless this step has one."""
@@ -46,6 +48,7 @@ class Saver:
     def write(self, snapshot: checkpoint.Snapshot) -> None:
         """In the thread."""
         try:
+            lock.must_be_there(self.run)
             if (log := self.run / "metrics.jsonl").exists():
                 files.sync(log)  # so that a checkpoint never outlives the lines before it
             self.shelf.add(checkpoint.write(self.run, snapshot))
@@ -60,6 +63,7 @@ class Saver:
         error, self.error = self.error, None
         whole = f"the checkpoints before it are whole, in {self.run / 'checkpoints'}"
         if isinstance(error, OSError):
+            lock.must_be_there(self.run)
             reason = error.strerror or str(error)
             raise RunFailed(
                 f"checkpoint {self.saved} could not be written ({reason}); {whole}. Make room, or mend the disk, "

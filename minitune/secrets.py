@@ -3,7 +3,8 @@
 `hidden` takes them out of a text. It stands where text leaves the program: `guard_streams` puts it around stdout and
 stderr, so that tracebacks, warnings and libraries' prints go through it too, and files.py around what is written.
 Secrets are the values of environment variables and settings that are named like one, whatever has the form of a
-well-known kind of token, and passwords in URLs.
+well-known kind of token, and passwords in URLs. A value that stands in this program's source is none: all can read it
+there, and the keys of the run's files and the names of its tensors are made of such words.
 """
 
 import base64
@@ -13,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
@@ -41,7 +43,7 @@ noted: set[str] = set()  # values of settings that are named like a secret
 def hidden(text: str) -> str:
     """`text` with [hidden] in place of each secret."""
     for value in sorted({*environment(), *noted}, key=len, reverse=True):
-        for form in forms(value):
+        for form in () if is_public(value) else forms(value):
             if form in text:
                 text = text.replace(form, HIDDEN)
     if "://" in text:
@@ -104,6 +106,17 @@ def forms(value: str) -> set[str]:
     written |= {json.dumps(value)[1:-1], repr(value)[1:-1]}
     data = value.encode(errors="surrogateescape")
     return written | {encode(data).decode().rstrip("=") for encode in (base64.b64encode, base64.urlsafe_b64encode)}
+
+
+@lru_cache(maxsize=256)
+def is_public(value: str) -> bool:
+    """Whether this program says it itself, as `progress` or `q_proj`: a run's files would fall apart without it."""
+    return value in source()
+
+
+@lru_cache(maxsize=1)
+def source() -> str:
+    return "\n".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.rglob("*.py")))
 
 
 def is_file(text: str) -> bool:

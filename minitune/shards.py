@@ -120,6 +120,7 @@ def shard_names(folder: Path) -> dict[str, str]:
 def save(folder: Path, tensors: Iterable[tuple[str, Tensor]], like: Path) -> None:
     """Write a model folder that transformers loads: `tensors` in shards, and the other files of the base `like` byte
     for byte. Tensors are taken one by one, so the host holds one shard at most. The folder appears when it is whole."""
+    files.make_parents(folder.parent)
     with files.new_folder(folder) as part:
         names = write_shards(part, tensors)
         if len(names) > 1:

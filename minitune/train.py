@@ -4,6 +4,7 @@ Read `train` first: it prepares, loops, and hands over. What a model is made of 
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,13 @@ from minitune.data import Prepared, prepare
 from minitune.data.packing import Batch, Corpus, fill
 from minitune.data.stream import Stream
 from minitune.errors import Interrupted, RunFailed, UserError
+from minitune.identity import check_identity, identity_of
 from minitune.log import NoLog, RunLog, Speed, count, say, versions
 from minitune.model import Llama
 from minitune.precision import DTYPES
 from minitune.preview.documents import glance
 from minitune.progress import Progress
+from minitune.resume import load_trained, resume, unfit
 from minitune.samples import Samples, check_samples_fit
 from minitune.saver import Saver
 from minitune.signals import Stop, stop_signals
@@ -63,7 +66,7 @@ def train(cfg: Config) -> dict[str, Any]:
         if cfg.train.resume == "never":
             parallel.on_first(lambda: runs.set_aside(task.folder))
         elif (finished := parallel.of_first(lambda: runs.finished(task.folder))) is not None:
-            checkpoint.check_identity(task.folder / "run.json", finished["identity"], task.identity)
+            check_identity(task.folder / "run.json", finished["identity"], task.identity)
             say(f"{task.folder} is finished ({finished['finish_reason']} at step {finished['step']}); nothing to do")
             return finished
 
@@ -107,7 +110,7 @@ def make_task(cfg: Config, device: torch.device) -> Task:
         fill=round(fill(data.train.lengths, stream.rows_per_epoch, cfg.data.max_seq_len), 4),
     )
     steps = cfg.train.max_steps or cfg.train.num_epochs * stream.steps_per_epoch
-    identity = checkpoint.identity(cfg, parallel.of_first(lambda: pretrained.fingerprint(base)), data.digests)
+    identity = identity_of(cfg, parallel.of_first(lambda: pretrained.fingerprint(base)), data.digests)
     identity |= {
         "the documents made of the data": data.train.digest,
         "rows of a step (train.batch_size x train.gradient_accumulation_steps x processes)": stream.rows_per_step,
@@ -120,6 +123,7 @@ def make_task(cfg: Config, device: torch.device) -> Task:
 def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     """Build the model, go on from the newest checkpoint, train, hand over."""
     cfg, folder, data = task.cfg, task.folder, task.data
+    parallel.on_first(lambda: runs.refuse_others(folder))
     parallel.on_first(lambda: files.sweep(folder, *runs.MADE, *runs.NOTES))
     parallel.on_first(lambda: files.sweep(folder / "checkpoints", "step-*"))
     model, made_of = build.compose(cfg, task.base, task.device)
@@ -137,7 +141,7 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
 
     samples = Samples(cfg, model, task.tokenizer, data.samples)
     samples.answer("before")  # the adapters have just been reset, or the weights loaded: this is the base itself
-    progress = checkpoint.resume(folder, model, optimizer, task.stream, task.identity, say) or Progress()
+    progress = resume(folder, model, optimizer, task.stream, task.identity, say) or Progress()
     facts = {
         "identity": task.identity,
         "versions": versions(),
@@ -146,10 +150,10 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
         "digests": data.digests,
         "steps": task.steps,
     }
+    runs.note(folder, facts, progress, "not finished")  # before all else: from here on the folder is a run's
     if parallel.is_first():
         data.write_left_out(folder / "left_out.jsonl")
         files.write_text(folder / "config.toml", dump(cfg))
-    runs.note(folder, facts, progress, "not finished")
 
     try:
         with (
@@ -159,7 +163,8 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
         ):
             loop(task, model, optimizer, progress, log, saver, stop)
     except (Interrupted, RunFailed) as ending:
-        runs.note(folder, facts, progress, str(ending))
+        with suppress(RunFailed):  # the folder may have gone
+            runs.note(folder, facts, progress, str(ending))
         raise
     handed_over = hand_over(task, model, progress)
     samples.answer("after")
@@ -227,7 +232,7 @@ def loop(
             speed.read()  # the time of an evaluation is not the steps'
 
         done = progress.step == steps or progress.worn_out(cfg.eval.early_stopping_patience)
-        if better or stop or due(progress.step, cfg.save.every_steps) or (done and cfg.save.every_steps):
+        if better or done or stop or due(progress.step, cfg.save.every_steps):
             judge(outcomes.all())
             saver.save(model, optimizer, progress)
         if stop:
@@ -264,11 +269,12 @@ def loop(
 
 def hand_over(task: Task, model: Llama, progress: Progress) -> int:
     """Write the adapter or the model, of the best step by evaluation loss, else of the last; returns which."""
+    parallel.on_first(lambda: lock.must_be_there(task.folder))
     step = progress.step
     if progress.best_step not in (None, step):
         best = task.folder / "checkpoints" / checkpoint.name_of(progress.best_step)
-        if (damage := parallel.of_first(lambda: checkpoint.unfit(best, model, task.identity))) is None:
-            checkpoint.load_trained(best, model)
+        if (damage := parallel.of_first(lambda: unfit(best, model, task.identity))) is None:
+            load_trained(best, model)
             step = progress.best_step
         else:
             say(f"warning: the best checkpoint, {best.name}, is damaged ({damage}); the last weights take its place")

@@ -22,6 +22,7 @@ from minitune.merge import through_four_bits
 from minitune.model import Llama
 from minitune.nf4 import NF4Linear
 from minitune.precision import DTYPES
+from minitune.resume import load_trained
 
 CPU = torch.device("cpu")
 ENERGY = 0.9  # share of the squared norm
@@ -74,7 +75,7 @@ def opened(folder: Path) -> tuple[Llama, Config, Path]:
         peft_format.load(folder / "adapter", model)
     else:
         try:
-            checkpoint.load_trained(folder, model)
+            load_trained(folder, model)
         except Damaged as damage:
             raise UserError(f"{folder} is damaged: {damage}; name another checkpoint") from None
     return model, cfg, base

@@ -43,6 +43,11 @@ def trust_all() -> None:
     checkpoint.damaged = lambda path: None
 
 
+def take_any_best() -> None:
+    """The best checkpoint is handed over whosever it is."""
+    train.unfit = lambda *arguments: None
+
+
 def no_fsync() -> None:
     """Nothing is flushed to the disk."""
     os.fsync = os.fdatasync = lambda handle: None

@@ -29,6 +29,7 @@ from minitune.errors import UserError
 from minitune.generate import open_model
 from minitune.model import Llama
 from minitune.progress import Progress
+from minitune.resume import resume
 
 EXACT = 1e-5  # relative, whole tensors, fp32
 R, ALPHA = ref.R, ref.ALPHA
@@ -793,10 +794,11 @@ def test_it_goes_on_from_a_checkpoint_to_the_bit(wide_base: Path, tmp_path: Path
     model, optimizer, stream = fresh()
     progress = Progress(stream=stream.state())
     steps(model, optimizer, stream, progress, 2)
+    (tmp_path / "checkpoints").mkdir()
     checkpoint.write(tmp_path, checkpoint.snapshot(model, optimizer, progress, {"seed": 3}))
     steps(model, optimizer, stream, progress, 2)
     again, optimizer, stream = fresh()
-    found = checkpoint.resume(tmp_path, again, optimizer, stream, {"seed": 3}, lambda _: None)
+    found = resume(tmp_path, again, optimizer, stream, {"seed": 3}, lambda _: None)
     assert found.step == 2
     steps(again, optimizer, stream, found, 2)
     for name, tensor in peft_format.export(model).items():

@@ -155,6 +155,18 @@ def test_rotation_keeps_the_last_and_the_best(start: Start) -> None:
     assert kept == last | {f"step-{n:06d}" for n in bests}
 
 
+@pytest.mark.parametrize(("held_out", "saved"), [("data.eval_fraction=0", [5]), ("data.eval_fraction=0.1", [3, 5])])
+def test_saving_at_no_steps_saves_the_best_and_the_last(
+    start: Start, monkeypatch: pytest.MonkeyPatch, held_out: str, saved: list[int]
+) -> None:
+    """The third step is evaluated as better than the last. What is handed over can then be made again."""
+    told = itertools.chain([1.0], itertools.repeat(5.0))
+    monkeypatch.setattr(train, "evaluate", lambda *arguments: next(told))
+    run, _ = start("run", held_out, "train.max_steps=5", "save.every_steps=0")
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(run)] == saved
+    assert all(checkpoint.damaged(path) is None for path in checkpoint.checkpoints(run))
+
+
 def test_the_run_folder(start: Start) -> None:
     run, facts = start("run", "log.tensorboard=true")
     assert load_config([str(run / "config.toml")]).out == str(run)

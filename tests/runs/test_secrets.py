@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from safetensors.torch import load_file
 
-from minitune import files, secrets
+from minitune import files, peft_format, secrets
 from minitune.config import dump, load_config
+from minitune.errors import RunFailed
 
 ROOT = Path(__file__).parents[2]
 NAMED = {  # variables, with values that no other text holds
@@ -94,11 +98,11 @@ def test_names_tell_secrets(name, secret):
 
 def test_a_file_that_is_there_is_no_secret(tmp_path, monkeypatch):
     """A run is known again by the names of its files, whatever a variable holds meanwhile."""
-    path = tmp_path / "training" / "rows.jsonl"
+    path = tmp_path / "canaries" / "rows.jsonl"
     path.parent.mkdir()
     path.touch()
-    monkeypatch.setenv("DATABASE_PASS", "training")
-    facts = {"digests": {str(path): "0"}, "note": "training", "number": 5}
+    monkeypatch.setenv("DATABASE_PASS", "canaries")
+    facts = {"digests": {str(path): "0"}, "note": "canaries", "number": 5}
     assert secrets.hidden_in(facts) == {"digests": {str(path): "0"}, "note": "[hidden]", "number": 5}
 
 
@@ -106,6 +110,67 @@ def test_files_are_written_without_secrets(environment, tmp_path):
     files.write_json(tmp_path / "run.json", {"a": [NAMED["HF_TOKEN"]], NAMED["MY_SECRET"]: {"b": "https://u:canary@h"}})
     assert "anary" not in (tmp_path / "run.json").read_text()
     assert "anary" not in dump(load_config(["data.train=https://user:canary@host/x.jsonl"]))
+
+
+def test_what_only_holds_a_word_of_the_source_is_a_secret(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "progress")
+    monkeypatch.setenv("OTHER_TOKEN", "progress-canary")
+    monkeypatch.setenv("WANDB_API_KEY", NAMED["HF_TOKEN"])
+    assert secrets.hidden("progress progress-canary") == "progress [hidden]"
+    assert not any(secrets.is_public(value) for value in NAMED.values())
+
+
+# ---- files that are made of words
+
+
+def words_of(run: Path) -> set[str]:
+    """The words that name things in a run's files, and those of the recipe that are its program's own."""
+    texts = [name for path in run.rglob("*.json") for name in names_in(json.loads(path.read_text()))]
+    texts += [name for path in run.rglob("*.safetensors") for name in load_file(path)]
+    texts += ["q_proj", "linear", "cosine", "constant", *(path.name for path in run.rglob("*"))]
+    words = {word for text in texts for word in re.findall(r"[A-Za-z_]\w*", text)}
+    return {word for word in words if len(word) >= secrets.SHORTEST}
+
+
+def names_in(value: object) -> Iterator[str]:
+    """Keys of JSON; not those that are the names of somebody's files."""
+    if isinstance(value, dict):
+        yield from (key for key in value if not key.startswith("/"))
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from names_in(inner)
+
+
+def plain(run: Path) -> dict[str, object]:
+    """The files of a run that are read again, without what a clock or its folder's name says."""
+    facts = {path.name: json.loads(path.read_text()) for path in sorted(run.rglob("*.json"))}
+    facts["run.json"] = {key: facts["run.json"][key] for key in ("identity", "data", "step", "made", "versions")}
+    recipe = {line for line in (run / "config.toml").read_text().splitlines() if not line.startswith("out = ")}
+    return facts | {"recipe": recipe}
+
+
+def test_words_of_the_files_are_no_secrets(start, monkeypatch):
+    """Every one of them in a variable that is named like a token; the run is resumed, and ends in the same files."""
+    keys = ("train.max_steps=2", "save.every_steps=1")
+    run, _ = start("run", *keys)
+    words = words_of(run)
+    assert len(words) > 100 and {"progress", "optimizer", "identity", "adapter_model", "target_modules"} <= words
+    for number, word in enumerate(sorted(words)):
+        monkeypatch.setenv(f"MY_TOKEN_{number}", word)
+    with monkeypatch.context() as patch:
+        patch.setattr(peft_format, "save", None)
+        with pytest.raises(TypeError):
+            start("other", *keys)
+    other, facts = start("other", *keys)
+    assert facts["finished"] and plain(other) == plain(run)
+
+
+def test_such_a_word_would_be_noticed(start, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "progress")
+    monkeypatch.setattr(secrets, "is_public", lambda value: False)
+    with pytest.raises(RunFailed, match="could not be written"):
+        start("run", "train.max_steps=1")
 
 
 def test_control_characters_do_not_reach_the_terminal():

@@ -344,6 +344,7 @@ def test_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_metrics_that_are_no_plain_file_are_in_the_way(start: Start, tmp_path: Path, kind: str) -> None:
     run, precious = tmp_path / "run", tmp_path / "precious"
     run.mkdir()
+    (run / "run.json").write_text('{"identity": {}}')  # of a run that was cut
     precious.write_text("keep me")
     (run / "metrics.jsonl").symlink_to(precious) if kind == "link" else os.mkfifo(run / "metrics.jsonl")
     with pytest.raises(Exception, match=r"metrics\.jsonl is in the way"):

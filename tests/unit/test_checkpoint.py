@@ -19,8 +19,10 @@ from minitune.config import Config, LoRAConfig, OptimConfig, TrainConfig
 from minitune.data.packing import Corpus
 from minitune.data.stream import Stream
 from minitune.errors import UserError
+from minitune.identity import identity_of
 from minitune.masters import MasterAdamW
 from minitune.progress import Progress
+from minitune.resume import resume, unfit
 
 IDENTITY = {"seed": 3, "lora.r": 4, "the data": ["0a" * 32]}
 
@@ -76,13 +78,14 @@ def written(tmp_path: Path) -> State:
 
 
 def write(run: Path, state: State) -> Path:
+    (run / "checkpoints").mkdir(exist_ok=True)
     return checkpoint.write(run, checkpoint.snapshot(state.model, state.optimizer, state.progress, IDENTITY))
 
 
-def resume(run: Path, kind: str = "adamw", identity: dict[str, Any] = IDENTITY) -> tuple[State, Progress | None, str]:
+def go_on(run: Path, kind: str = "adamw", identity: dict[str, Any] = IDENTITY) -> tuple[State, Progress | None, str]:
     """A fresh start in `run`: what it has then, how far it had come, and what was said."""
     state, said = fresh(kind), []
-    found = checkpoint.resume(run, state.model, state.optimizer, state.stream, identity, said.append)
+    found = resume(run, state.model, state.optimizer, state.stream, identity, said.append)
     return state, found, "\n".join(said)
 
 
@@ -115,7 +118,7 @@ def test_what_is_resumed_is_what_was_saved_and_goes_on_alike(tmp_path: Path, kin
     straight = fresh(kind)
     straight.steps(3)
     path = write(tmp_path, straight)
-    state, progress, said = resume(tmp_path, kind)
+    state, progress, said = go_on(tmp_path, kind)
     assert progress == straight.progress and said == f"going on from {path.name}"
     assert state.weights() == straight.weights() and state.moments() == straight.moments()
     assert state.stream.state() == straight.stream.state()
@@ -274,7 +277,7 @@ def replaced(path: Path, by: Callable[[Path], object]) -> None:
 @pytest.mark.parametrize("harm", HARMS)
 def test_the_damaged_one_is_set_aside_and_the_one_before_used(tmp_path: Path, written: State, harm: str) -> None:
     HARMS[harm](newest(tmp_path))
-    state, progress, said = resume(tmp_path)
+    state, progress, said = go_on(tmp_path)
     assert progress.step == 2 and "step-000004 is damaged (" in said and "set aside as step-000004.bad" in said
     assert said.endswith("going on from step-000002") and len(said.splitlines()) == 2
     straight = fresh()
@@ -364,9 +367,9 @@ def test_what_no_run_would_leave_is_not_taken_though_its_manifest_fits(
     remake(path, **MADE_BY_HAND[case])
     if case == "state nested as deep as is read":
         with pytest.raises(UserError, match="seed"):
-            resume(tmp_path)
+            go_on(tmp_path)
         return
-    state, progress, said = resume(tmp_path)
+    state, progress, said = go_on(tmp_path)
     assert progress.step == 2 and "step-000004 is damaged" in said
     straight = fresh()
     straight.steps(2)
@@ -377,7 +380,7 @@ def test_what_no_run_would_leave_is_not_taken_though_its_manifest_fits(
 def test_where_all_are_damaged_the_run_starts_anew(tmp_path: Path, written: State) -> None:
     for path in checkpoint.checkpoints(tmp_path):
         remake(path, optimizer=lambda t: {})
-    state, progress, said = resume(tmp_path)
+    state, progress, said = go_on(tmp_path)
     assert progress is None and said.count("is damaged") == 2
     cold = fresh()
     assert (state.weights(), state.moments(), state.stream.state()) == (cold.weights(), {}, cold.stream.state())
@@ -388,7 +391,7 @@ def test_names_that_are_taken_do_not_stop_a_checkpoint_from_being_set_aside(tmp_
     (folder / "step-000004.bad").write_text("a file")
     (folder / "step-000004.bad.2").symlink_to("nowhere")
     (folder / "step-000004" / "state.json").unlink()
-    _, progress, said = resume(tmp_path)
+    _, progress, said = go_on(tmp_path)
     assert progress.step == 2 and "set aside as step-000004.bad.3" in said
     assert (folder / "step-000004.bad").read_text() == "a file" and (folder / "step-000004.bad.3").is_dir()
 
@@ -412,13 +415,13 @@ def test_a_checkpoint_of_another_run_is_refused_by_name_and_left_alone(
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match=r"lora\.(r|new): .* then, .* now\nPut these back.*resume = 'never'"):
-        resume(tmp_path, identity=identity)
+        go_on(tmp_path, identity=identity)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_changes_a_result_is_in_the_identity_and_what_does_not_is_not() -> None:
     def of(cfg: Config) -> set[str]:
-        return set(checkpoint.identity(cfg, {"the base model": "b"}, dict.fromkeys(cfg.data.train, "d")))
+        return set(identity_of(cfg, {"the base model": "b"}, dict.fromkeys(cfg.data.train, "d")))
 
     split = {"train.batch_size", "train.gradient_accumulation_steps", "train.compile", "train.fused"}
     assert split <= of(Config(lora=LoRAConfig(dropout=0.1))) and not split & of(Config(lora=LoRAConfig(dropout=0.0)))
@@ -441,11 +444,11 @@ def test_what_changes_a_result_is_in_the_identity_and_what_does_not_is_not() -> 
 def test_only_a_checkpoint_of_this_run_and_step_is_fit_to_be_handed_over(tmp_path: Path, written: State) -> None:
     """All of these are whole: their manifests are right."""
     best, older = (tmp_path / "checkpoints" / f"step-{n:06d}" for n in (4, 2))
-    assert checkpoint.unfit(best, written.model, IDENTITY) is None
-    assert checkpoint.unfit(best, written.model, IDENTITY | {"seed": 4}) == "it is of another run"
-    assert checkpoint.unfit(best, written.model[:1], IDENTITY).startswith("it trains other parameters")
+    assert unfit(best, written.model, IDENTITY) is None
+    assert unfit(best, written.model, IDENTITY | {"seed": 4}) == "it is of another run"
+    assert unfit(best, written.model[:1], IDENTITY).startswith("it trains other parameters")
     older.rename(tmp_path / "checkpoints" / "step-000003")
-    assert checkpoint.unfit(older.with_name("step-000003"), written.model, IDENTITY) == "it says it is of step 2"
+    assert unfit(older.with_name("step-000003"), written.model, IDENTITY) == "it says it is of step 2"
 
 
 def test_progress_is_read_as_it_was_written() -> None:

@@ -306,7 +306,7 @@ def test_metrics_are_on_the_disk_before_the_checkpoint_that_follows_them(
 ) -> None:
     order, real = [], files.sync
     (tmp_path / "metrics.jsonl").write_text("{}\n")
-    monkeypatch.setattr(files, "sync", lambda path: order.append(path.name) or real(path))
     with Saver(tmp_path, 1, {}, 0) as writer:
+        monkeypatch.setattr(files, "sync", lambda path: order.append(path.name) or real(path))
         training.save(writer)
     assert order[0] == "metrics.jsonl" and order[-1] == "checkpoints"
