@@ -21,9 +21,10 @@ def main(arguments: list[str]) -> None:
     wanted, rest = views.wanted(arguments, usage=__doc__)
     folder = next((Path(each) for each in rest if Path(each).is_dir()), None)
     if folder and len(rest) > 1:
-        raise UserError(
-            f"{folder} is explained as it is; leave out {next(each for each in rest if each != str(folder))}"
-        )
+        other = next((each for each in rest if Path(each) != folder), f"the second {folder}")
+        raise UserError(f"{folder} is explained as it is; leave out {other}")
+    if nowhere := [each for each in rest if "/" in each and "=" not in each and not Path(each).exists()]:
+        raise UserError(f"{nowhere[0]}: there is no such recipe or folder")
     cfg = None if folder else load_config(rest)
     from minitune.explain import page, recipe, terminal, updates
 
