@@ -72,6 +72,7 @@ def measure(name: str, tokens: int, steps: int, real: bool) -> dict[str, Any]:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 seconds.append(time.perf_counter() - since)
+            reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
             planned = float(made_of.rpartition("about ")[2].removesuffix(" GB"))
             return {
                 "case": name,
@@ -82,6 +83,7 @@ def measure(name: str, tokens: int, steps: int, real: bool) -> dict[str, Any]:
                 "sharding": cfg.parallel.sharding,
                 "tokens_per_second": round(tokens / statistics.median(seconds[len(seconds) // 2 :]), 1),
                 "peak_allocated_gb": round(parallel.memory_gb(device), 2),
+                "peak_reserved_gb": round(reserved / 1e9, 2),
                 "planned_gb": planned,
                 "final_loss": None,
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

@@ -66,7 +66,8 @@ class NF4Linear(nn.Module):
         """What `dequantize` makes the weight from."""
         if self.nested_levels is None:
             self.nested_levels = nested_levels(self.packed.device)
-        return self.packed, self.absmax, self.nested_absmax, self.nested_offset, self.nested_levels
+        packed, absmax = as_bytes(self.packed), as_bytes(self.absmax)
+        return packed, absmax, self.nested_absmax, self.nested_offset, self.nested_levels
 
     def dense_weight(self, out: Tensor | None = None) -> Tensor:
         """The weight (out, in) that the four bits stand for, written to `out` where that is given."""
@@ -100,6 +101,11 @@ class NF4Product(torch.autograd.Function):
     def backward(ctx, grad):
         weight = dequantize(*ctx.saved_tensors, ctx.dtype)
         return grad @ weight, *[None] * 7
+
+
+def as_bytes(storage: Tensor) -> Tensor:
+    """The same memory as bytes, whatever it is called meanwhile (sharding.py says when it is)."""
+    return storage if storage.dtype == torch.uint8 else storage.view(torch.uint8)
 
 
 def quantized(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,9 @@ def memory(
         shared = [p for p in model.parameters() if full or not p.requires_grad]
         block = sum(p.nbytes for p in model.layers[0].parameters() if full or not p.requires_grad)
         weights -= sum(p.nbytes for p in shared) * (shards - 1) // shards
-        passing += 3 * block + 2 * width * V * D  # a block at work, the next, and where it arrives
+        # A block at work, the next, and where it arrives; the head, throughout or in the forward pass; at the start of
+        # that the embedding, twice.
+        passing += 3 * block + 2 * width * V * D if full else max(3 * block + width * V * D, 3 * width * V * D)
         if full:
             a_block = sum(p.numel() for p in model.layers[0].parameters())
             passing += (width + 4 + 4 // shards) * max(a_block, V * D)  # a unit's gradients, on their way to be summed

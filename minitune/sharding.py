@@ -25,10 +25,7 @@ from minitune.errors import RunFailed, UserError
 from minitune.nf4 import NF4Linear
 
 PIECE = 2**18  # numbers that are digested at once
-UNPROVEN = (
-    "spread over 2 GPUs, with two micro-batches a step, this gave wrong losses once (PyTorch 2.11); what was done "
-    "about it has not run on GPUs yet. Hold the first losses to those of parallel.sharding = 'replicate'"
-)
+BYTES_SHARD = (2, 12)  # the first PyTorch whose FSDP takes parameters that are bytes
 
 
 # ---- spreading -----------------------------------------------------------------------------------------------------
@@ -36,15 +33,17 @@ UNPROVEN = (
 
 def shard(model: nn.Module, how: str, device: torch.device) -> None:
     """Spread a model that is still on the meta device: over all ranks ("full"), or over those of each machine, so that
-    each machine holds all of it ("hybrid"). A decoder block is one unit; norm and head are one, with the embedding
-    where it is tied to the head."""
-    if any(isinstance(module, NF4Linear) for module in model.modules()):
-        refuse_old_torch(torch.__version__)
+    each machine holds all of it ("hybrid"). A decoder block is one unit, and so are the embedding and the head, one
+    together where they are tied."""
     frozen = [p for p in model.parameters() if not p.requires_grad]
     whole = {p for p in model.parameters() if frozen and p.requires_grad}  # adapters
     for module in model.modules():
         if isinstance(module, NF4Linear):
             whole |= {module.nested_absmax, module.nested_offset}  # 0.0002 bytes a weight, and no rows
+            name_as_floats(module)
+    base_is_frozen = not model.model.norm.weight.requires_grad
+    if base_is_frozen:
+        whole |= set(model.model.norm.parameters())  # a few thousand numbers, for which no head is to be gathered
     common = {
         "mesh": mesh_of(how, device),
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False),
@@ -54,20 +53,50 @@ def shard(model: nn.Module, how: str, device: torch.device) -> None:
     tied = model.config.tie_word_embeddings
     for unit in blocks if tied else [model.model.embed_tokens, *blocks]:
         fully_shard(unit, **common)
-    fully_shard(model, reshard_after_forward=False, **common)
+    fully_shard(model, reshard_after_forward=base_is_frozen, **common)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies first
-    for block, following in pairwise(blocks):
-        block.set_modules_to_forward_prefetch([following])
+    trained_embedding = [] if tied or base_is_frozen else [model.model.embed_tokens]
+    in_turn(model, blocks, [*trained_embedding, *blocks])
+    if base_is_frozen:
+        # The loss makes the gradient of the hidden states while the head is there (loss.py): to go back through it no
+        # head is needed, unless it was called as a module.
+        model.loss.register_forward_pre_hook(lambda *_: model.set_unshard_in_backward(False))
+        model.lm_head.register_forward_pre_hook(lambda *_: model.set_unshard_in_backward(True))
     for block in blocks:
         block.register_forward_pre_hook(lambda *_: watch.beat())
     model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else model.reshard())
-    if device.type == "cuda":
-        # Two ranks with two micro-batches a step have had wrong losses, four ranks with one had not; why is not known.
-        # A precaution: each pass starts on an idle device, before FSDP's own hook gathers anything.
-        model.register_forward_pre_hook(lambda *_: torch.cuda.synchronize(device), prepend=True)
+
+
+def in_turn(model: nn.Module, forward: list[nn.Module], backward: list[nn.Module]) -> None:
+    """Say which unit is gathered while which computes, in both directions; units in the order of the forward pass.
+
+    Left to itself, FSDP gathers in the backward pass what came before in a list of all forward passes, those of
+    evaluations and answers too; so behind the first block it gathered one that nobody waits for. On two GPUs the next
+    micro-batch then computed with wrong weights wherever the device was behind (PyTorch 2.11, five runs of five).
+    """
+    for unit, following in pairwise(forward):
+        unit.set_modules_to_forward_prefetch([following])
+    for unit, following in pairwise(backward):
+        following.set_modules_to_backward_prefetch([unit])
+    model.set_modules_to_backward_prefetch([backward[-1]])
+    backward[0].set_modules_to_backward_prefetch([backward[0]])  # itself, which is there: nothing
+
+
+def name_as_floats(linear: NF4Linear) -> None:
+    """Where FSDP makes a parameter trainable for a moment, which bytes cannot be, call them floats of eight bits. They
+    are copied and gathered as they are, and `nf4.as_bytes` gives them their name back."""
+    if version_of(torch.__version__) >= BYTES_SHARD:
+        return
+    for name in ("packed", "absmax"):
+        floats = getattr(linear, name).data.view(torch.float8_e5m2)
+        setattr(linear, name, nn.Parameter(floats, requires_grad=False))
+
+
+def version_of(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
 def ranks_a_machine() -> int:
@@ -86,14 +115,6 @@ def mesh_of(how: str, device: torch.device) -> dist.DeviceMesh:
         return init_device_mesh(device.type, (parallel.world(),), mesh_dim_names=("shard",))
     here = ranks_a_machine()
     return init_device_mesh(device.type, (parallel.world() // here, here), mesh_dim_names=("replicate", "shard"))
-
-
-def refuse_old_torch(version: str) -> None:
-    if tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < (2, 12):
-        raise UserError(
-            f"parallel.sharding: four-bit weights are sharded with PyTorch 2.12 or newer, and this is {version}; "
-            "install that, set parallel.sharding = 'replicate', or set method = 'lora'"
-        )
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -154,9 +175,9 @@ def quantize_rows(linear: NF4Linear, rows: Tensor) -> None:
     scales = torch.empty(0, device=device)
     if len(rows):
         packed, scales = nf4.quantized(rows.to(device, linear.dtype).contiguous())
-        local(linear.packed).copy_(packed.view_as(local(linear.packed)))
+        nf4.as_bytes(local(linear.packed)).copy_(packed.view_as(local(linear.packed)))
     absmax, nested_absmax, offset = nf4.nested(gathered(linear.absmax, scales.flatten()))
-    local(linear.absmax).copy_(absmax.view(linear.absmax.shape)[own_rows(linear.absmax)])
+    nf4.as_bytes(local(linear.absmax)).copy_(absmax.view(linear.absmax.shape)[own_rows(linear.absmax)])
     linear.nested_absmax.copy_(nested_absmax)
     linear.nested_offset.copy_(offset)
     linear.storage()  # makes its constant

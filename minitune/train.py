@@ -21,7 +21,6 @@ from minitune import (
     pretrained,
     runs,
     secrets,
-    sharding,
     shards,
     trouble,
 )
@@ -127,8 +126,6 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     if parallel.world() == 1 and cfg.parallel.sharding in ("full", "hybrid"):
         made_of += f" (one process: parallel.sharding = '{cfg.parallel.sharding}' has nothing to shard)"
     say(first_line(task, made_of))
-    if sharding.is_sharded(model) and task.device.type == "cuda":
-        say(f"warning: {sharding.UNPROVEN}")
     for warning in data.warnings:
         say(f"warning: {warning}")
     for line in glance(data, task.tokenizer):

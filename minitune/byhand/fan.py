@@ -187,10 +187,10 @@ def lay_side_by_side(block: Block) -> None:
 
 
 def side_by_side(weights: list[Tensor]) -> Tensor | None:
-    """Weights that follow each other in memory as one (out, in), or None."""
-    end = weights[0].data_ptr()
+    """Weights that follow each other in one piece of memory as one (out, in), or None."""
+    room, end = weights[0].untyped_storage().data_ptr(), weights[0].data_ptr()
     for weight in weights:
-        if weight.data_ptr() != end or not weight.is_contiguous():
+        if weight.untyped_storage().data_ptr() != room or weight.data_ptr() != end or not weight.is_contiguous():
             return None
         end += weight.nbytes
     rows = sum(weight.shape[0] for weight in weights)

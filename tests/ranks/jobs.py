@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
-from minitune import build, errors, parallel, peft_format, plan, pretrained, sharding
+from minitune import build, errors, nf4, parallel, peft_format, plan, pretrained, sharding
 from minitune import train as training
 from minitune.adapters import ADAPTERS
 from minitune.config import load_config
@@ -85,12 +86,14 @@ def four_bits(arguments: list[str]) -> None:
         names = [name for name, _ in alone.named_parameters()]
         for name in names:
             ours, theirs = sharding.whole(spread.get_parameter(name)), alone.get_parameter(name)
+            if linear.packed.dtype != torch.uint8 and theirs.dtype == torch.uint8:
+                ours = nf4.as_bytes(ours)  # which PyTorch 2.11 shards by another name
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
 
         patterns = torch.arange(2**16, dtype=torch.int32).to(torch.uint16).view(torch.uint8).view(linear.packed.shape)
-        sharding.local(linear.packed).copy_(patterns[sharding.own_rows(linear.packed)])
+        nf4.as_bytes(sharding.local(linear.packed)).copy_(patterns[sharding.own_rows(linear.packed)])
         seen = []
-        spread.layers[0].register_forward_pre_hook(lambda *_: seen.append(linear.packed.clone()))
+        spread.layers[0].register_forward_pre_hook(lambda *_: seen.append(nf4.as_bytes(linear.packed).clone()))
         with torch.no_grad():
             spread(torch.zeros(1, 3, dtype=torch.int64))
         assert torch.equal(seen[0], patterns)
@@ -126,13 +129,28 @@ def variants(arguments: list[str]) -> None:
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs), variant
 
 
+def gathered_in_vain(arguments: list[str], told: str, left_to_itself: bool) -> None:
+    """A run that notes how often a backward pass ended with weights on their way that nobody waited for."""
+    finalize, in_vain = FSDPParamGroup.finalize_backward, []
+
+    def noting(group: FSDPParamGroup) -> None:
+        in_vain.append(group._all_gather_result is not None)
+        finalize(group)
+
+    FSDPParamGroup.finalize_backward = noting
+    if left_to_itself:
+        sharding.in_turn = lambda *_: None
+    train(arguments)
+    Path(f"{told}-{os.environ['RANK']}").write_text(json.dumps([len(in_vain), sum(in_vain)]))
+
+
 def one_wrong_byte(arguments: list[str]) -> None:
     """One byte that one rank gathers is not the one that was sent."""
     cfg = load_config(arguments)
 
     def flip(block: Any, *_: object) -> None:
         if parallel.rank() == 1:
-            block.mlp.up_proj.base.packed[100, 7] ^= 1
+            nf4.as_bytes(block.mlp.up_proj.base.packed)[100, 7] ^= 1
 
     def run(_: list[str]) -> None:
         with parallel.processes(False, 30) as device:

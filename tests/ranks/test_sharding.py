@@ -40,6 +40,24 @@ def test_a_wrong_byte_is_found_before_training(
     assert "rank 1 gathers 1 units whose bytes are not those that the ranks hold" in "".join(ended.logs)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
+def test_nothing_is_gathered_in_vain(
+    method: str, tied: bool, launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path
+) -> None:
+    """After evaluations and answers too: what is gathered and nobody waits for has made wrong weights on GPUs."""
+    folder = make_base(**SMALL | {"tie_word_embeddings": tied})
+    arguments = [str(recipe), f"method={method}", f"model.path={folder}", "eval.samples=2", "train.max_steps=3"]
+    arguments += [*over(SPLITS["two ranks"]), "parallel.sharding=full"]
+    for left_to_itself in (False, True):
+        out = tmp_path / f"left_to_itself={left_to_itself}"
+        ended = launch(2, jobs.gathered_in_vain, [*arguments, f"out={out}"], f"{out}-told", left_to_itself)
+        assert ended.codes == [0, 0], "\n".join(ended.logs)
+        for rank in range(2):
+            ends, in_vain = json.loads(Path(f"{out}-told-{rank}").read_text())
+            assert ends > 0 and (in_vain > 0) == left_to_itself, (ends, in_vain, left_to_itself)
+
+
 @pytest.mark.slow
 def test_a_rank_s_host_memory_is_near_its_share(
     launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path

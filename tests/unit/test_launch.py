@@ -2,7 +2,7 @@
 
 import pytest
 
-from minitune import launch, sharding
+from minitune import launch
 from minitune.errors import UserError
 from minitune.launch import Place
 
@@ -57,10 +57,3 @@ def test_each_process_needs_a_gpu() -> None:
         launch.check(Place(0, 8, 0, 8), gpus=4)
     launch.check(Place(0, 8, 0, 8), gpus=8)
     launch.check(Place(0, 8, 0, 8), gpus=0)
-
-
-def test_four_bits_are_sharded_by_a_pytorch_that_can() -> None:
-    for version in ("2.12.0", "2.13.0+cpu", "3.0.0a0"):
-        sharding.refuse_old_torch(version)
-    with pytest.raises(UserError, match=r"2\.12 or newer, and this is 2\.11\.0\+cu128; install that"):
-        sharding.refuse_old_torch("2.11.0+cu128")
