@@ -1,11 +1,13 @@
 """What a rank of many holds and computes, on one GPU: the other ranks are not there, and what they would send is void.
 
-    python benchmarks/ranks.py --out benchmarks/results/GPU-DATE-ranks.json [--case CASE ...]
+    python benchmarks/ranks.py --out benchmarks/results/GPU-DATE-ranks.json [--case CASE ...] [--card GIB]
     torchrun --nproc-per-node 8 benchmarks/ranks.py --real --out ...          # the same cases on 8 GPUs, over NCCL
 
 Memory and compute are those of a rank: the model is spread, gathered, computed and its gradients reduced as always, but
 a fake process group returns at once and moves nothing. So losses mean nothing here, and nothing is seen of bandwidth,
 nor of how far it hides behind compute: only `--real` on as many GPUs shows these. Weights are unset (zeros).
+
+`--card 79.1` leaves a larger GPU no more memory than an 80 GB one has, so that what is said to fit there has to.
 """
 
 import argparse
@@ -27,12 +29,15 @@ from minitune.config import load_config
 from minitune.data.packing import Batch, Corpus, collate
 from minitune.step import take_step
 
+CONTEXT = 1.0  # GiB of a card that CUDA and NCCL take for themselves
 CASES: dict[str, tuple[str, int, list[str]]] = {  # size, ranks, what the recipe says besides
+    "70b-qlora-1": ("70b", 1, ["method=qlora"]),
     "70b-qlora-full-8": ("70b", 8, ["method=qlora", "parallel.sharding=full"]),
     "70b-qlora-full-64": ("70b", 64, ["method=qlora", "parallel.sharding=full"]),
-    "70b-lora-full-2": ("70b", 2, ["method=lora", "parallel.sharding=full", "train.gradient_checkpointing=full"]),
+    "70b-lora-full-2": ("70b", 2, ["method=lora", "parallel.sharding=full", "optim.name=paged_adamw_32bit"]),
     "70b-lora-full-8": ("70b", 8, ["method=lora", "parallel.sharding=full"]),
     "70b-lora-full-64": ("70b", 64, ["method=lora", "parallel.sharding=full"]),
+    "70b-full-full-8": ("70b", 8, ["method=full", "parallel.sharding=full", "optim.name=paged_adamw_32bit"]),
     "70b-full-full-16": ("70b", 16, ["method=full", "parallel.sharding=full", "optim.name=paged_adamw_32bit"]),
     "8b-lora-replicate-4": ("8b", 4, ["method=lora", "parallel.sharding=replicate"]),
     "8b-qlora-replicate-8": ("8b", 8, ["method=qlora", "parallel.sharding=replicate"]),
@@ -43,7 +48,7 @@ CASES: dict[str, tuple[str, int, list[str]]] = {  # size, ranks, what the recipe
 }
 
 
-def measure(name: str, tokens: int, steps: int, real: bool) -> dict[str, Any]:
+def measure(name: str, tokens: int, steps: int, real: bool, card: float) -> dict[str, Any]:
     """Build and step a case; what a row of the results holds."""
     size, ranks, keys = CASES[name]
     with tempfile.TemporaryDirectory() as folder:
@@ -53,11 +58,15 @@ def measure(name: str, tokens: int, steps: int, real: bool) -> dict[str, Any]:
         common = [f"model.path={folder}/model", f"data.max_seq_len={tokens}", "train.batch_size=1"]
         cfg = load_config([str(recipe), *common, "train.gradient_accumulation_steps=1", *keys])
         cfg = replace(cfg, lora=replace(cfg.lora, dropout=0.0))
-        if not real:
+        if ranks > 1 and not real:
             pretend(ranks)
         device = (
-            torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if torch.cuda.is_available()
+            else torch.device("cpu")
         )
+        if card:
+            confine(device, (card - CONTEXT) * 2**30)
         build.pretrained.check_weights = lambda model, folder: None  # a shape alone has none
         try:
             model, made_of = build.compose(cfg, Path(folder, "model"), device)
@@ -81,6 +90,8 @@ def measure(name: str, tokens: int, steps: int, real: bool) -> dict[str, Any]:
                 "ranks": parallel.world(),
                 "communication": "real" if real else "void",
                 "sharding": cfg.parallel.sharding,
+                "card_gib": card or None,
+                "made_of": made_of,
                 "tokens_per_second": round(tokens / statistics.median(seconds[len(seconds) // 2 :]), 1),
                 "peak_allocated_gb": round(parallel.memory_gb(device), 2),
                 "peak_reserved_gb": round(reserved / 1e9, 2),
@@ -88,11 +99,18 @@ def measure(name: str, tokens: int, steps: int, real: bool) -> dict[str, Any]:
                 "final_loss": None,
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
                 "versions": log.versions(),
-                "command": f"python benchmarks/ranks.py --case {name} --tokens {tokens} --steps {steps}",
+                "command": f"python benchmarks/ranks.py --case {name} --tokens {tokens} --steps {steps}"
+                + (f" --card {card:g}" if card else ""),
             }
         finally:
-            if not real:
+            if ranks > 1 and not real:
                 dist.destroy_process_group()
+
+
+def confine(device: torch.device, memory: float) -> None:
+    """Let this process have so many bytes of a GPU, and see no more."""
+    torch.cuda.set_per_process_memory_fraction(memory / torch.cuda.mem_get_info(device)[1], device)
+    parallel.free_memory = lambda device: int(memory) - torch.cuda.memory_allocated(device)
 
 
 def pretend(ranks: int) -> None:
@@ -130,6 +148,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES, help="all but the tiny ones, if none is named")
     parser.add_argument("--tokens", type=int, default=2048, help="in the one row of a step")
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--card", type=float, default=0, help="GiB that each GPU is to have; 0: all it has")
     parser.add_argument("--real", action="store_true", help="over as many GPUs as torchrun started processes for")
     options = parser.parse_args()
     cases = options.case or [name for name in CASES if not name.startswith("tiny")]
@@ -142,7 +161,7 @@ def main() -> None:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-            found.append(measure(name, options.tokens, options.steps, options.real))
+            found.append(measure(name, options.tokens, options.steps, options.real, options.card))
             log.say(f"{name}: {found[-1]['peak_allocated_gb']} GB, planned {found[-1]['planned_gb']}")
             if parallel.is_first():
                 files.write_text(options.out, json.dumps(found, indent=1) + "\n")

@@ -34,21 +34,24 @@ class Memory:
     kept: dict[Keep, int]  # by one block, between forward and backward
     working: dict[Keep, int]  # in one block's backward pass, besides
     head: int  # the loss: one piece of logits, and the hidden states around it
-    passing: int = 0  # what is here of other ranks' weights and gradients at a time
+    passing: int = 0  # what is here of other ranks' weights and gradients while blocks compute
+    passing_head: int = 0  # and while the loss does
+    passing_embedding: int = 0  # and when a forward pass begins
     shards: int = 1  # ranks that share the weights
 
     def total(self, choice: "Choice") -> int:
-        """At the peak: in the loss, or in the backward pass of the last block or of the first."""
+        """At the peak: in the loss, or in the backward pass of the last block or of the first, or at the embedding."""
         recomputed = sum(keep is not Keep.ALL for keep in choice.keep)
         away = min(recomputed, 3) if choice.host else recomputed  # so many are on the device at a time
         least = choice.keep[0]
         kept = (self.blocks - recomputed) * self.kept[Keep.ALL] + away * self.kept[least]
-        always = self.weights + self.passing + self.moments + (self.dense * self.blocks if choice.dense else self.dense)
+        always = self.weights + self.moments + (self.dense * self.blocks if choice.dense else self.dense)
         earlier = self.gradients if self.accumulates else 0
         return always + max(
-            kept + earlier + self.head,
-            kept + earlier + self.working[choice.keep[-1]],
-            self.kept[least] + self.gradients + self.working[least],
+            kept + earlier + self.head + self.passing_head,
+            kept + earlier + self.working[choice.keep[-1]] + self.passing,
+            self.kept[least] + self.gradients + self.working[least] + self.passing,
+            earlier + self.passing_embedding,
         )
 
 
@@ -78,9 +81,9 @@ def memory(
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     numbers, N = sum(p.numel() for p in trained), cfg.train.batch_size * cfg.data.max_seq_len
-    accumulates = cfg.train.gradient_accumulation_steps * ranks > 1
+    accumulates = cfg.train.gradient_accumulation_steps > 1
     width = DTYPES[cfg.model.dtype].itemsize
-    grads = sum(p.numel() * (4 if accumulates else p.itemsize) for p in trained)
+    grads = sum(p.numel() * (4 if accumulates or ranks > 1 else p.itemsize) for p in trained)
     a_number = 8 + (2 if trained[0].itemsize == 2 else 0)  # two fp32 moments; the lower halves of bf16's masters
     here = numbers if cfg.optim.name == "adamw" else sum(p.numel() for p in trained if p.numel() < SMALLEST_PAGED)
     copies = 0 if cfg.method == "full" or not by_hand else width * numbers  # adapters as they multiply
@@ -90,17 +93,20 @@ def memory(
     four_bits = [m for m in model.layers[0].modules() if isinstance(m, NF4Linear)]
     weights = sum(p.nbytes for p in (*model.parameters(), *model.buffers()))  # buffers: what variants freeze
     full = cfg.method == "full"
-    passing = 2 * 4 * min(BUCKET, numbers) if ranks > 1 and not (full and shards > 1) else 0
+    passing = passing_head = 2 * 4 * min(BUCKET, numbers) if ranks > 1 and not (full and shards > 1) else 0
+    passing_embedding = 0
     if shards > 1:
         shared = [p for p in model.parameters() if full or not p.requires_grad]
         block = sum(p.nbytes for p in model.layers[0].parameters() if full or not p.requires_grad)
         weights -= sum(p.nbytes for p in shared) * (shards - 1) // shards
-        # A block at work, the next, and where it arrives; the head, throughout or in the forward pass; at the start of
-        # that the embedding, twice.
-        passing += 3 * block + 2 * width * V * D if full else max(3 * block + width * V * D, 3 * width * V * D)
+        table = width * V * D  # the head, or the embedding
+        passing += 3 * block + table  # a block at work, the next, and where it arrives
+        passing_head += block + table
+        passing_embedding = 3 * table  # the head is there already, and the embedding where it arrives
         if full:
             a_block = sum(p.numel() for p in model.layers[0].parameters())
-            passing += (width + 4 + 4 // shards) * max(a_block, V * D)  # a unit's gradients, on their way to be summed
+            sums = (width + 4 + 4 // shards) * max(a_block, V * D)  # a unit's gradients, on their way to be summed
+            passing += sums - block  # for which no block is on its way in the backward pass
             numbers, here, grads = numbers // shards, here // shards, 4 * numbers // shards
     return Memory(
         weights=weights + copies,
@@ -113,6 +119,8 @@ def memory(
         working=working,
         head=head,
         passing=passing,
+        passing_head=passing_head,
+        passing_embedding=passing_embedding,
         shards=shards,
     )
 
