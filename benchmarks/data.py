@@ -1,25 +1,29 @@
 """Rows to packed tokens: rows and megabytes a second, peak memory, and how full the rows are, beside TRL.
 
-    python benchmarks/data.py --tokenizer FOLDER --gsm8k FILE [--megabytes 200] [--trl PYTHON] [--out FILE.json]
+    python benchmarks/data.py --tokenizer FOLDER --gsm8k FILE [--megabytes 200] [--rounds 3] [--trl PYTHON] [--out FILE]
 
 Each system tokenises, masks and packs the same file of prompts and completions in a process of its own, one after the
 other: minitune as it comes, and without its search for near duplicates, which TRL does not have; TRL as it comes (one
-process), and with as many processes as there are cores. Imports and the making of TRL's (tiny, random) model are not
-counted. Memory is the proportional set size of the whole process tree, looked at every 50 ms: pages that processes
-share count once.
+process), and with as many processes as there are cores. Rounds take turns, each system once and then each again, and
+their medians are compared. Imports and the making of TRL's (tiny, random) model are not counted. Memory is the
+proportional set size of the whole process tree, looked at every 50 ms: pages that processes share count once.
 """
 
 import argparse
 import json
 import os
+import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 MAX_SEQ_LEN = 2048
@@ -32,21 +36,57 @@ SYSTEMS = {  # name -> what its process is asked
 
 
 def main(options: argparse.Namespace) -> None:
-    results = []
+    results, times = [], {}
     with tempfile.TemporaryDirectory() as folder:
         for case, path in cases(options, Path(folder)):
-            found = {name: measured(name, asked, path, options) for name, asked in SYSTEMS.items()}
-            found = {name: result for name, result in found.items() if result}
-            if len({(result["tokens"], result["trained_tokens"]) for result in found.values()}) != 1:
-                raise SystemExit(f"{case}: the systems do not agree on what is learned: {found}")
-            for name, result in found.items():
-                results.append({"case": case, "system": name, **result})
-                print(told(results[-1]), flush=True)
-            if "trl" in found:
-                ours, theirs = found["minitune"], found["trl"]
-                print(f"{case}: {ours['rows_per_second'] / theirs['rows_per_second']:.1f} times TRL", flush=True)
+            mine = list(taking_turns(case, path, options))
+            if len({(result["tokens"], result["trained_tokens"]) for result in mine}) != 1:
+                raise SystemExit(f"{case}: the systems do not agree on what is learned: {mine}")
+            results += mine
+            if any(result["system"] == "trl" for result in mine):
+                times[case] = {name: times_trl(mine, name) for name in SYSTEMS if name != "trl"}
+                by_clock, by_cpu = times[case]["minitune"].values()
+                print(f"{case}: {by_clock:.1f} times TRL by the clock, {by_cpu:.1f} by processor time", flush=True)
     if options.out:
-        options.out.write_text(json.dumps(results, indent=2) + "\n")
+        from minitune import files
+
+        about = {"what": __doc__.split("\n")[0], "date": time.strftime("%Y-%m-%d"), "command": command(), **machine()}
+        files.write_json(options.out, about | {"times_trl": times, "results": results})
+
+
+def taking_turns(case: str, path: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What each system made of a file, in as many rounds as are asked for; those that are not there are left out."""
+    there = dict(SYSTEMS)
+    for number in range(1, options.rounds + 1):
+        for name, asked in list(there.items()):
+            load = os.getloadavg()[0]  # of the minute before
+            if result := measured(name, asked, path, options):
+                result = {"case": case, "system": name, "round": number, "load_before": round(load, 2), **result}
+                print(told(result), flush=True)
+                yield result
+            else:
+                del there[name]
+
+
+def times_trl(results: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """How many times as fast as TRL a system is, by the medians of the rounds."""
+
+    def took(system: str, what: str) -> float:
+        return median(result[what] for result in results if result["system"] == system)
+
+    return {what: round(took("trl", what) / took(name, what), 2) for what in ("seconds", "cpu_seconds")}
+
+
+def command() -> str:
+    """The command, without the machine's folders."""
+    return " ".join(["python", "benchmarks/data.py", *(Path(each).name for each in sys.argv[1:])])
+
+
+def machine() -> dict[str, Any]:
+    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    packages = ("minitune", "torch", "tokenizers", "sentencepiece", "numpy", "rensa")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    return {"machine": f"{len(os.sched_getaffinity(0))} cores, {', '.join(sorted(set(names)))}", "versions": versions}
 
 
 def told(result: dict[str, Any]) -> str:
@@ -142,8 +182,6 @@ def measured(name: str, asked: dict[str, Any], path: Path, options: argparse.Nam
         "peak_memory_gb": round(peak.bytes / 1e9, 3),
         "fill": round(result["tokens"] / (result["packed_rows"] * MAX_SEQ_LEN), 5),
         **result,
-        "cores": len(os.sched_getaffinity(0)),
-        "command": " ".join(sys.argv),
     }
 
 
@@ -223,8 +261,6 @@ class Clock:
 
 
 def prepare_with_trl(asked: dict[str, Any]) -> dict[str, Any]:
-    from importlib.metadata import version
-
     from datasets import load_dataset
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -250,7 +286,12 @@ def prepare_with_trl(asked: dict[str, Any]) -> dict[str, Any]:
         tokens += sum(map(len, batch["input_ids"]))
         trained += sum(label != -100 for labels in batch["labels"] for label in labels)
     packed = {"packed_rows": len(trainer.train_dataset), "tokens": tokens, "trained_tokens": trained}
-    return {**took, "rows": len(rows), **packed, "versions": {"trl": version("trl")}}
+    return {
+        **took,
+        "rows": len(rows),
+        **packed,
+        "versions": {name: version(name) for name in ("trl", "datasets", "transformers", "tokenizers")},
+    }
 
 
 def as_process(asked: dict[str, Any]) -> None:
@@ -267,6 +308,7 @@ if __name__ == "__main__":
     parser.add_argument("--tokenizer", type=Path, help="a model folder with its tokenizer")
     parser.add_argument("--gsm8k", type=Path, help="gsm8k's train.jsonl; left out: not measured")
     parser.add_argument("--megabytes", type=float, default=200, help="of the synthetic file; 0: none")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--trl", default=sys.executable, help="a python that has TRL, if it is not this one")
     parser.add_argument("--out", type=Path, help="write the results here")
     parser.add_argument("--as-process", help=argparse.SUPPRESS)

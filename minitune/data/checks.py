@@ -1,6 +1,8 @@
 """What is said, before a model loads, about data that cannot be used or can hardly be meant."""
 
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -12,6 +14,9 @@ from minitune.data.tokenise import BAD, CUT, HIDES_TOOLS, RAW, STOPS
 from minitune.errors import UserError
 
 SHOWN = 10  # of the rows that a message is about
+KINDS = 1000  # of reasons that are counted apart, as a file could give each row one of its own
+OTHERS = ""
+VARYING = re.compile(r"\d+|'[^']*'|\"[^\"]*\"|;.*", re.DOTALL)
 TOO_MANY = 0.05  # of the rows left out
 ANYWAY = 'if it is meant so, set data.checks = "warn"'
 Counts = dict[str, int | float]
@@ -26,9 +31,9 @@ def refuse_rows(store: Store, cfg: DataConfig) -> None:
     parts = []
     bad = int(np.count_nonzero(flags & BAD))
     if bad and cfg.bad_rows == "error":
-        listed = (f"{store.origin(entry)}: {reason}" for entry, _, reason in store.reasons())
         parts.append(
-            f'{bad} rows cannot be used; mend them, or leave them out with data.bad_rows = "skip"\n{some(listed, bad)}'
+            f'{bad} rows cannot be used; mend them, or leave them out with data.bad_rows = "skip"\n'
+            f"{some_of_each_kind(store, store.reasons())}"
         )
     overlong = np.flatnonzero((store.column("tokens") == 0) & (flags & BAD == 0))
     if len(overlong) and cfg.overlong == "error":
@@ -59,12 +64,12 @@ def refuse_emptiness(store: Store, fates: Fates, cfg: DataConfig) -> None:
             "too long": became[Fate.DROPPED],
             "in data.eval, too": became[Fate.OVERLAP],
         }
-        listed = (f"{store.origin(entry)}: {reason}" for entry, _, reason in store.reasons() if mine[entry])
+        reasons = (bad for bad in store.reasons() if mine[bad[0]])
         raise UserError(
             f"data.{key}: nothing is left of {np.count_nonzero(mine)} rows: "
             f"{', '.join(f'{count} {what}' for what, count in shares.items() if count)}; "
             + (longer(cfg) if became[Fate.DROPPED] else "look at what was left out")
-            + (f"\n{some(listed, became[Fate.BAD])}" if became[Fate.BAD] else "")
+            + (f"\n{some_of_each_kind(store, reasons)}" if became[Fate.BAD] else "")
         )
 
 
@@ -118,3 +123,43 @@ def some(rows: Iterator[str], count: int) -> str:
     """The first few rows, one a line, and how many there are besides."""
     shown = [f"  {row}" for row in islice(rows, SHOWN)]
     return "\n".join(shown + ([f"  and {count - SHOWN} more"] if count > SHOWN else []))
+
+
+@dataclass
+class Kind:
+    """Rows that cannot be used for the same reason, their numbers aside."""
+
+    first: tuple[int, str]  # entry and sentence
+    count: int = 0
+
+
+def some_of_each_kind(store: Store, reasons: Iterator[tuple[int, str, str]]) -> str:
+    """Rows that cannot be used, one a line: the first of each kind with the number of its like, and where there are
+    few kinds the first of all; then how many there are besides."""
+    kinds: dict[str, Kind] = {}
+    early: list[tuple[int, str]] = []  # the first of all
+    count = 0
+    for count, (entry, _, reason) in enumerate(reasons, 1):
+        if count <= SHOWN:
+            early.append((entry, reason))
+        kind = kind_of(reason)
+        if kind not in kinds and len(kinds) == KINDS:
+            kind = OTHERS
+        kinds.setdefault(kind, Kind((entry, reason))).count += 1
+
+    firsts = {kind.first: kind.count for kind in islice(kinds.values(), SHOWN)}
+    more = [row for row in early if row not in firsts][: SHOWN - len(firsts)]
+    lines = []
+    for entry, reason in sorted([*firsts, *more]):
+        alike = firsts.get((entry, reason), 1) if len(kinds) > 1 else 1
+        lines.append(f"  {store.origin(entry)}: {reason}" + (f" ({alike:,} such rows)" if alike > 1 else ""))
+    if count > len(lines):
+        unseen = len(kinds) - len(firsts)
+        of_kinds = f", {'at least ' * (OTHERS in kinds)}{unseen} other reasons among them" if unseen else ""
+        lines.append(f"  and {count - len(lines):,} more{of_kinds}")
+    return "\n".join(lines)
+
+
+def kind_of(reason: str) -> str:
+    """A reason without what differs from row to row: numbers, what is quoted, and what comes after a semicolon."""
+    return VARYING.sub("", reason[:200])

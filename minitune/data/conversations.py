@@ -225,7 +225,7 @@ def json_in(written: str, here: str) -> Any:
     try:
         return parse_json(written)
     except RowError as error:
-        raise RowError(f"is {error.reason}", here) from None
+        raise RowError(f"is JSON in which {error}" if error.key else f"is {error.reason}", here) from None
 
 
 def as_json(value: Any) -> str:

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
 
 from minitune.config import DataConfig
+from minitune.data.categories import category_of
 from minitune.data.chat_template import shows_tools
 from minitune.data.corpus import MARK, mark
 from minitune.data.duplicates import KEYS, said, sketches
-from minitune.data.examples import Chat, Completion, Example, Instruction, Text, only_answer, texts
+from minitune.data.examples import Example, Text, only_answer, texts
 from minitune.data.formats import parse
 from minitune.data.looks import answer_key, look
 from minitune.data.readers import Chunk, Place, Row, RowError, rows_of
@@ -184,19 +184,3 @@ def content_hash(example: Example) -> int:
 
 def hash_of(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def category_of(row: Row, example: Example, column: str) -> str:
-    """What a row is counted under: the value of a column of its own, else how it begins."""
-    if column:
-        value: Any = row.get(column)
-        return str(value)[:60].encode(errors="backslashreplace").decode() if value is not None else "(none)"
-    return " ".join(beginning(example)[:200].split()[:2]).lower()[:60]
-
-
-def beginning(example: Example) -> str:
-    match example:
-        case Instruction(instruction=text) | Completion(prompt=text) | Text(text=text):
-            return text
-        case Chat(turns=turns):
-            return next((turn.text for turn in turns if turn.role == "user"), "")

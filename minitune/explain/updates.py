@@ -56,6 +56,11 @@ def opened(folder: Path) -> tuple[Llama, Config, Path]:
         lora, where = peft_format.read_config(folder)
         cfg, base = of_adapter(lora, where.path, where.revision)
     elif run == folder:
+        if not (folder / "config.toml").exists():
+            raise UserError(
+                f"{folder} is no run folder, no checkpoint and no adapter folder: it has no config.toml, "
+                f"{checkpoint.MANIFEST} or {peft_format.CONFIG}"
+            )
         cfg, base = runs.open_run(folder)
     else:
         if not (run / "config.toml").exists():

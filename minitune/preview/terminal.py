@@ -4,12 +4,10 @@ Trained tokens stand on a coloured ground where colour is wanted, and in bracket
 from a row or a name goes through `visible`, so that nothing in it is obeyed.
 """
 
-import os
 import shutil
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping
-from typing import TextIO
+from collections.abc import Iterator
 
 from minitune.data.looks import visible
 from minitune.preview import Found, Preview, Shown, Stretch, Twins
@@ -20,13 +18,6 @@ BAR = 32  # characters of the longest bar
 EXCERPT = 100
 LONGEST = 800  # characters of a stretch
 LEARNED = 300  # characters of what a row learns
-
-
-def in_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:
-    """NO_COLOR forbids it, FORCE_COLOR asks for it (no-color.org, force-color.org), else a terminal has it."""
-    if environment.get("NO_COLOR"):
-        return False
-    return bool(environment.get("FORCE_COLOR")) or (stream.isatty() and environment.get("TERM") != "dumb")
 
 
 def text(preview: Preview, colour: bool) -> str:

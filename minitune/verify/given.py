@@ -36,12 +36,17 @@ def variant(spec: str) -> Iterator[str]:
     Raises:
         UserError: no such name, file or class; a class that lacks a verb, or cannot be made.
     """
+    if spec and Path(spec).is_dir() and spec not in ADAPTERS:
+        raise UserError(
+            f"--adapter: {spec} is a folder, and it is a variant's code that is proven; what an adapter "
+            f"has learned is shown by python scripts/explain.py {spec}"
+        )
     if ".py" not in spec and ":" not in spec:
         if spec not in ADAPTERS:
             near = get_close_matches(spec, ADAPTERS, 1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise UserError(
-                f"--adapter: no variant is called {spec}; there are {', '.join(ADAPTERS)}{hint} "
+                f"--adapter: no variant is called {spec!r}; there are {', '.join(ADAPTERS)}{hint} "
                 "A class of your own is named as path/to/file.py:MyLinear"
             )
         yield spec
@@ -61,8 +66,10 @@ def load(spec: str) -> type[nn.Module]:
     if not colon or not name:
         raise UserError(f"--adapter: {spec} names no class; write it as {spec.rstrip(':')}:MyLinear")
     path = Path(path_said).expanduser()
+    if not path_said:
+        raise UserError(f"--adapter: {spec} names no file; write it as path/to/file.py{spec}")
     if not path.is_file():
-        raise UserError(f"--adapter: there is no file {path}")
+        raise UserError(f"--adapter: {path} is a folder" if path.is_dir() else f"--adapter: there is no file {path}")
     kind = getattr(imported(path), name, None)
     if kind is None:
         classes = [n for n, value in vars(sys.modules[module_name(path)]).items() if is_adapter(value)]

@@ -100,6 +100,7 @@ def test_what_is_wrong_is_said_and_ends_with_2(see: See, tmp_path: Path) -> None
         (["data.train=nowhere.jsonl"], "nowhere.jsonl"),
         (["data.tarin=x.jsonl"], "data.tarin"),
         (["--html", str(tmp_path / "no" / "page.html")], "there is no folder"),
+        (["--html", str(tmp_path)], "is a folder; name a file in it"),
         (["--page"], "no such option"),
     ):
         code, out, err = see(*arguments)

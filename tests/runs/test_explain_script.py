@@ -70,8 +70,9 @@ def test_a_trained_run(method: str, start: Start, explain: Explain, small_base: 
     newest = sorted((run / "checkpoints").glob("step-*"))[-1]
     whole = (newest / "trained.safetensors").read_bytes()
     (newest / "trained.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    for wrong, words in ((newest, "damaged"), (tmp_path, "no run folder"), (tmp_path / "none", "cannot be read")):
+    for wrong, words in ((newest, "damaged"), (tmp_path, "no run folder"), (tmp_path / "none", "no such recipe")):
         code, out, err = explain(wrong)
         assert code == 2 and words in err and out == ""
-    code, _, err = explain(run, "lora.r=3")
-    assert code == 2 and "lora.r=3" in err
+    for other, words in (("lora.r=3", "leave out lora.r=3"), (run, "leave out the second"), ("--adapter", "--adapter")):
+        code, _, err = explain(run, other)
+        assert code == 2 and words in err

@@ -102,7 +102,7 @@ def test_the_example_learns_its_skill_in_two_minutes(tmp_path: Path) -> None:
 PLACES = {  # where a line of the README goes: before this line of that file
     "from minitune.adapters.": ("minitune/adapters/__init__.py", "from minitune.adapters.lora import"),
     '    "rowgain": ': ("minitune/adapters/__init__.py", '    "lora": LoRALinear'),
-    '    "rowgain",': ("minitune/config.py", '    "lora",'),
+    '    "rowgain",': ("minitune/config/keys.py", '    "lora",'),
 }
 
 
@@ -118,7 +118,7 @@ def with_a_variant(tmp_path: Path) -> Path:
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, tmp_path / name)
-    config = tmp_path / "minitune" / "config.py"  # one name to a line, so that one is one line
+    config = tmp_path / "minitune" / "config" / "keys.py"  # one name to a line, so that one is one line
     config.write_text(re.sub(r'LORA_VARIANTS = \("lora",', 'LORA_VARIANTS = (\n    "lora",', config.read_text()))
     section = README.partition("## Adding a variant")[2].partition("\n## ")[0]
     file, lines, formula = re.findall(r"```python\n(.*?)```", section, re.DOTALL)

@@ -146,15 +146,19 @@ def test_skipping_keeps_exactly_the_good_rows(spoilt, tmp_path):
             assert listed[number]["reason"].startswith(KINDS[kind][2])
 
 
-def test_without_skipping_the_first_are_named_with_what_to_do(spoilt):
+def test_without_skipping_some_of_each_kind_are_named_with_what_to_do(spoilt):
     path, kinds = spoilt
     with pytest.raises(UserError, match=r'90 rows cannot be used; .*bad_rows = "skip"') as error:
         prepare(recipe(path), load_tokenizer(TINY))
-    first = sorted(number for number, kind in kinds.items() if kind != "over-long")[:10]
-    lines = str(error.value).splitlines()
-    for number, line in zip(first, lines[1:], strict=False):
+    bad = sorted(number for number, kind in kinds.items() if kind != "over-long")
+    first = {kind: min(number for number in bad if kinds[number] == kind) for kind in KINDS if kind != "over-long"}
+    one_more = next(number for number in bad if number not in first.values())
+    assert max(first.values()) > bad[9]  # so the first ten are not of every kind
+    _, *listed, rest = str(error.value).splitlines()
+    for number, line in zip(sorted([*first.values(), one_more]), listed, strict=True):
         assert line.strip().startswith(f"{path}:{number}: {KINDS[kinds[number]][2]}")
-    assert lines[11].strip() == "and 80 more"
+        assert line.endswith(f" ({EACH} such rows)") == (number != one_more)
+    assert rest.strip() == "and 80 more"
 
 
 def test_a_run_ends_before_its_model_is_loaded(tmp_path):

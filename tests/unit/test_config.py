@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minitune import config
 from minitune.config import EXAMPLE, Config, ConfigError, DataConfig, dump, knobs, load_config, usage
+from minitune.config.keys import ELSEWHERE
 from minitune.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -277,7 +278,7 @@ def test_unknown_keys_name_the_nearest(refusal, key, nearest):
 
 
 def test_names_from_elsewhere_lead_to_keys_that_exist():
-    assert set(config.ELSEWHERE.values()) <= knobs().keys()
+    assert set(ELSEWHERE.values()) <= knobs().keys()
 
 
 def test_an_unknown_key_like_no_other(refusal):

@@ -317,6 +317,10 @@ def test_the_key_of_a_bad_row_is_the_files_own(tmp_path):
             "messages[1].tool_calls[0].function.arguments is not valid JSON at column 2",
         ),
         (
+            {"messages": [ASK, ANSWER | {"tool_calls": [{"name": "add", "arguments": '{"a": 2, "a": 3}'}]}]},
+            "messages[1].tool_calls[0].arguments is JSON in which a is given twice in one object",
+        ),
+        (
             {"messages": [ASK, ANSWER | {"tool_calls": [{"function": {"name": "add", "arguments": "[2]"}}]}]},
             "messages[1].tool_calls[0].function.arguments is a list, not an object",
         ),
@@ -357,6 +361,7 @@ def test_bad_rows_say_what_is_wrong(tmp_path, row, reason):
 BAD_LINES = {
     b'{"text": "broken"': "not valid JSON at column 18",
     b'{"text": "\xff"}': "not valid UTF-8 at byte 11",
+    b'{"text": "a", "text": "b"}': "text is given twice in one object",
     b'["text"]': "a list, not an object",
     b"4": "a number, not an object",
     b'{"text": ' + b"[" * 100_000: "not readable JSON",

@@ -113,6 +113,37 @@ def test_a_row_may_make_hundreds_of_documents(jsonl, tokenizer):
     assert (prepared.counts["rows"], prepared.counts["train_documents"]) == (1, 260)
 
 
+@pytest.mark.parametrize(
+    ("text", "category"),
+    [
+        ("  Write a  poem about", "write a"),
+        ("Translate:\n\nthis text", "translate: this"),
+        ("Sum", "sum"),
+        ("대한민국의 수도는 어디입니까", "대한민국의 수도는"),  # Korean has spaces
+        ("请把下面这句话翻译成英文。", "请把"),
+        ("翻译\uff1a早上好", "翻译"),
+        ("用Python写一个程序", "用"),
+        ("Python 写一个程序", "python 写一"),
+        ("「翻訳してください", "「翻訳"),
+        ("ガラスについて", "ガラ"),
+        ("カ\u3099ラスについて", "カ\u3099ラ"),  # the same, its accent a mark of its own
+        ("เขียนบทกวีเกี่ยวกับทะเล", "เขียน"),
+        ("ខ្ញុំចង់ទៅសាលារៀន", "ខ្ញុំចង់"),
+        ("", ""),
+    ],
+)
+def test_rows_are_counted_by_their_first_words_in_any_script(jsonl, tokenizer, text, category):
+    rows = [{"instruction": text, "output": "yes"}, *QUESTIONS]
+    assert prepare(recipe(jsonl(rows), columns={}), tokenizer).store.categories[0] == category
+
+
+def test_rows_in_chinese_fall_into_few_categories(tokenizer):
+    if not (path := DATA / "alpaca_zh_demo.json").exists():
+        pytest.skip("the data sets are not there")
+    store = prepare(recipe(str(path), columns={}), tokenizer).store
+    assert len(store.categories) < 400 < 990 < len({row["instruction"] for row in json.loads(path.read_text())})
+
+
 def test_a_category_may_hold_half_a_surrogate_pair(jsonl, tokenizer):
     rows = [row | {"kind": "\ud800x"} for row in QUESTIONS]
     assert prepare(recipe(jsonl(rows), category="kind"), tokenizer).store.categories == [r"\ud800x"]
@@ -383,12 +414,29 @@ def test_bad_rows_are_listed_together(jsonl, tokenizer):
         prepare(recipe(train, eval=(held,)), tokenizer)
     first, *listed, rest = str(error.value).split("\n")
     assert first == '13 rows cannot be used; mend them, or leave them out with data.bad_rows = "skip"'
-    assert listed == [f"  {train}:{number}: output is empty" for number in range(4, 14)]
+    empty = [f"  {train}:{number}: output is empty" for number in range(4, 13)]
+    assert listed[:9] == [f"{empty[0]} (12 such rows)", *empty[1:]]
+    assert listed[9].startswith(f"  {held}:1: its text holds") and len(listed) == 10  # the last of all, and shown
     assert rest == "  and 3 more"
     with pytest.raises(
         UserError, match=rf"data.eval: nothing is left of 1 rows: 1 skipped.*\n  {held}:1: its text holds"
     ):
         prepare(recipe(train, eval=(held,), bad_rows="skip"), tokenizer)
+
+
+def test_of_many_reasons_the_first_are_shown_and_the_rest_counted(jsonl, tokenizer):
+    """Numbers, and what a row itself says, make no reason of its own."""
+    roles = [{"messages": [{"role": f"{n} b", "content": "?"}]} for n in range(30)]
+    others = [{"messages": [{"role": "user", "content": "?", f"key_{letter}": 1}]} for letter in "abcdefghijkl"]
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    train = jsonl([good, *roles, *others, roles[0]])
+    with pytest.raises(UserError) as error:
+        prepare(recipe(train, template="alpaca"), tokenizer)
+    _, *listed, rest = str(error.value).split("\n")
+    assert listed[0].startswith(f"  {train}:2: messages[0].role is '0 b'") and listed[0].endswith(" (31 such rows)")
+    for number, letter, line in zip(range(32, 41), "abcdefghi", listed[1:], strict=True):
+        assert line.startswith(f"  {train}:{number}: messages[0].key_{letter} ") and "such rows" not in line
+    assert rest == "  and 33 more, 3 other reasons among them"
 
 
 def test_missing_files_are_named_together(jsonl, tokenizer):

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
@@ -16,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minitune import views
 from minitune.config import DataConfig
 from minitune.data import prepare
 from minitune.pretrained import TINY
@@ -366,7 +369,22 @@ def test_trained_tokens_are_marked_in_page_and_terminal() -> None:
 def test_where_there_is_colour(environment: dict[str, str], tty: bool, colour: bool) -> None:
     stream = io.StringIO()
     stream.isatty = lambda: tty
-    assert terminal.in_colour(stream, environment) is colour
+    assert views.in_colour(stream, environment) is colour
+
+
+def test_whoever_reads_may_stop_reading() -> None:
+    """As `| head` does. The control, a plain print, fails of it."""
+    shown = "views.show(views.Wanted(None, False), lambda colour: 'a line\\n' * 9999, None, None)"
+    for code, ended in ((shown, 0), ("print('a line\\n' * 9999)", 1)):
+        process = subprocess.Popen(
+            [sys.executable, "-c", f"from minitune import views; {code}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert (process.wait(60) > 0) == ended and ("BrokenPipeError" in errors) == ended
 
 
 def test_columns_of_a_terminal_are_counted_by_width() -> None:

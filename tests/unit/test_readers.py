@@ -102,6 +102,29 @@ def test_a_bad_element_of_a_list_is_a_bad_row(tmp_path):
         ]
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.sampled_from('abc"\\é'), values), max_size=5),
+    st.sampled_from(["jsonl", "json"]),
+    st.booleans(),
+)
+def test_a_key_that_stands_twice_is_named(tmp_path, pairs, suffix, inside):
+    """JSON itself keeps the last of them, which is the control."""
+    written = "{" + ", ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in pairs) + "}"
+    written = f'{{"a": [1, {written}], "b": {{"a": 2}}}}' if inside else written
+    path = tmp_path / f"rows.{suffix}"
+    path.write_text(f"[{written}, {{}}]" if suffix == "json" else f"{written}\n{{}}\n")
+    [(_, row), (_, after)] = rows(path)
+    names = [name for name, _ in pairs]
+    twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
+    assert after == {}
+    if twice is None:
+        assert row == json.loads(written)
+    else:
+        assert (row.key, row.reason) == (twice, "is given twice in one object")
+        assert isinstance(json.loads(written), dict)
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b'"[]"', b'[{"a": 1}', b'[{"a": "]}', b"[1] [2]", b"[{]"])
 def test_what_is_no_list_is_refused(tmp_path, content):
     (tmp_path / "rows.json").write_bytes(content)

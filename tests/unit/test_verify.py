@@ -314,7 +314,14 @@ def test_what_cannot_be_checked_is_refused(text: str, name: str, said: str, writ
     [
         ("nowhere/mine.py:MyLinear", "there is no file nowhere/mine.py"),
         ("mine.py", "names no class; write it as mine.py:MyLinear"),
-        ("lara", "no variant is called lara; .*did you mean lora"),
+        ("lara", "no variant is called 'lara'; .*did you mean lora"),
+        ("", "no variant is called ''; there are lora, "),
+        (":MyLinear", "names no file; write it as path/to/file.py:MyLinear"),
+        (f"{Path(__file__).parent}:MyLinear", "--adapter: .*unit is a folder$"),
+        (
+            str(Path(__file__).parent),
+            "unit is a folder, .* what an adapter has learned is shown by python scripts/explain.py",
+        ),
     ],
 )
 def test_names_of_nothing_are_refused(spec: str, said: str) -> None:
