@@ -180,4 +180,6 @@ def choose(need: Memory, free: int, cfg: Config, by_hand: bool) -> Choice:
 
 
 def fits(need: Memory, way: Choice, free: int) -> bool:
-    return need.total(way) <= free * (1 - SPARE)
+    # What is on its way has streams of its own, and what one stream has freed another cannot take.
+    pools = need.passing + need.passing_embedding if need.shards > 1 else 0
+    return need.total(way) + pools <= free * (1 - SPARE)
