@@ -145,11 +145,13 @@ def draw_base(model, folder) -> None:
 
 def measure(task: dict) -> dict:
     begun, said = time.time(), []
-    real = train.say, build.pretrained.load_base, train.pretrained.fingerprint
+    weights = build.pretrained
+    real = train.say, weights.load_base, weights.check_weights, weights.fingerprint
     train.say = lambda line: (said.append(line), real[0](line))
     if task["random"]:
-        build.pretrained.load_base = draw_base
-        train.pretrained.fingerprint = lambda base: {"the base": f"random weights, {task['random']}"}
+        weights.load_base = draw_base
+        weights.check_weights = lambda model, folder: None  # there are none in the folder
+        weights.fingerprint = lambda base: {"the base": f"random weights, {task['random']}"}
     profile = Profile(Path(task["profile"])) if task.get("profile") else None
     train.take_step = recorder = Recorder(task["steps"], profile)
     try:
@@ -157,7 +159,7 @@ def measure(task: dict) -> dict:
             train.train(load_config([task["recipe"]]))
     finally:
         train.take_step = REAL_STEP
-        train.say, build.pretrained.load_base, train.pretrained.fingerprint = real
+        train.say, weights.load_base, weights.check_weights, weights.fingerprint = real
     seconds = recorder.seconds()
     timed = seconds[WARM_UP : -1 if profile else None]
     median = statistics.median(timed)

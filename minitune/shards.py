@@ -4,19 +4,22 @@ Only safetensors are opened: a pickle (`pytorch_model.bin`) can run code when it
 index are not trusted either: a shard must be a plain file of that folder.
 """
 
+from __future__ import annotations
+
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self
 
 from minitune import files
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
 from minitune.header import NAME, Entry, open_tensors, read_header
+
+if TYPE_CHECKING:  # processes that tokenise come by here, and do without torch
+    from torch import Tensor
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

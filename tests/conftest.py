@@ -97,3 +97,12 @@ def rewrite_config() -> Callable[..., None]:
         path.write_text(json.dumps({key: value for key, value in values.items() if key not in drop}))
 
     return rewrite
+
+
+NIGHTLY = ("tests/faults/", "tests/ranks/test_launchers", "tests/ranks/test_numbers", "tests/ranks/test_sharding")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Real runs harmed or shared by the dozen take minutes: `pytest -m slow tests/faults tests/ranks`."""
+    if item.nodeid.startswith(NIGHTLY):
+        item.add_marker(pytest.mark.slow)

@@ -119,8 +119,13 @@ def with_prompt(document: Document, tokenizer: Tokenizer) -> Document:
 def refuse_bos(example: Example, tokenizer: Tokenizer) -> None:
     """A bos written in a row would become the token, and begin a second text in the middle of one."""
     bos = tokenizer.special_tokens.get("bos_token")
-    if bos and any(bos in text for text in texts(example)):
-        raise RowError(f"its text holds {bos!r}, which would become the token that begins a document")
+    if not bos or not any(bos in text for text in texts(example)):
+        return
+    why = f"holds {bos!r}, which would become the token that begins a document"
+    for number, turn in enumerate(example.turns if isinstance(example, Chat) else ()):
+        if bos in turn.text + turn.more + turn.written:
+            raise RowError(why, named(turn, number))
+    raise RowError(f"its text {why}")
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import corruption
 import disk
 import folders
+import hostile
 import kills
 import nonsense
 import poison
@@ -24,7 +25,7 @@ from forked import Lost
 from rows import Case, Row
 from world import World
 
-FAMILIES = [kills, signals, corruption, nonsense, disk, rotation, poison, folders]
+FAMILIES = [kills, signals, corruption, nonsense, disk, rotation, poison, folders, hostile]
 ROWS: list[Row] = [row for family in FAMILIES for row in family.ROWS]
 
 

@@ -351,7 +351,7 @@ def test_an_instruction_goes_into_the_prompt_it_was_trained_with(tmp_path: Path,
     run = ref.finished_run(tmp_path / "run", base)
     _, tokenizer, recipe = generate.open_model(str(run))
     row = {"instruction": "Repeat.", "input": "a lamp", "output": "a lamp"}
-    expected = prompt_ids(alpaca(row), recipe.data.template, tokenizer)
+    expected = prompt_ids(alpaca(row, "row 1"), recipe.data.template, tokenizer)
     assert generate.prompt_ids(tokenizer, recipe, None, "Repeat.", "a lamp") == expected
     assert "a lamp" in tokenizer.decode(expected) and "### Response:" in tokenizer.decode(expected)
     with pytest.raises(UserError, match="--instruction needs a run folder"):

@@ -1,12 +1,14 @@
 """Rows -> examples: what each format reads, where each bad row stands, and that no line is cut in the wrong place."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 
-from minitune.data.examples import Chat, Completion, Example, Instruction, Text, Turn
-from minitune.data.formats import BadRow, locate, read
+from minitune.data.examples import Chat, Completion, Example, Instruction, Text, Turn, as_chat, texts
+from minitune.data.formats import BadRow, locate, parse, read, settle
+from minitune.data.readers import RowError
 from minitune.errors import UserError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -46,6 +48,7 @@ def says(role: str, content: object, **more: object) -> dict:
     return {"role": role, "content": content, **more}
 
 
+CALLED = {"name": "add", "arguments": {"a": 2}}
 ASK = says("user", "2+2?")
 ANSWER = says("assistant", "4")
 
@@ -134,6 +137,105 @@ def test_auto_takes_the_first_row_and_holds_the_others_to_it(tmp_path):
     assert str(other) == f"{path}:2: text is missing; there is prompt, completion"
 
 
+# ---- what a message says beside its text
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+
+@pytest.mark.parametrize(
+    ("message", "more"),
+    [
+        ({"content": None, "tool_calls": [CALL]}, {"tool_calls": [CALL]}),
+        ({"tool_calls": [CALL | {"id": "c1", "index": 0}]}, {"tool_calls": [{"id": "c1", **CALL}]}),
+        ({"tool_calls": [{"function": {"name": "add", "arguments": ' {"a": 2}'}}]}, {"tool_calls": [CALL]}),
+        ({"tool_calls": [{"name": "add", "arguments": {"a": 2}}]}, {"tool_calls": [CALL]}),
+        ({"function_call": {"name": "add", "arguments": '{"a": 2}'}, "tool_calls": []}, {"tool_calls": [CALL]}),
+        ({"content": "", "tool_calls": [CALL, CALL]}, {"tool_calls": [CALL, CALL]}),
+        ({"content": "4", "reasoning_content": "2+2"}, {"reasoning_content": "2+2"}),
+        ({"content": "4", "thinking": "2+2", "reasoning": "2+2"}, {"reasoning_content": "2+2"}),
+        ({"content": "4", "reasoning_content": "", "tool_calls": None, "refusal": None}, {}),
+        ({"content": "4", "name": "adder", "id": 7, "timestamp": "now"}, {"name": "adder"}),
+    ],
+)
+def test_what_a_message_says_goes_on_to_the_template(tmp_path, message, more):
+    turn = one(tmp_path, {"messages": [ASK, {"role": "assistant"} | message]}).turns[1]
+    assert (json.loads(turn.more or "{}"), turn.text) == (more, message.get("content") or "")
+    assert turn.train
+
+
+@pytest.mark.parametrize("role", ["tool", "function"])
+def test_results_of_tools_keep_their_names(tmp_path, role):
+    result = says(role, [{"type": "text", "text": "4"}], tool_call_id="c1", name="add")
+    turns = one(tmp_path, {"messages": [ASK, {"role": "assistant", "tool_calls": [CALL]}, result, ANSWER]}).turns
+    assert turns[2] == Turn("tool", "4", False, '{"name": "add", "tool_call_id": "c1"}')
+
+
+@pytest.mark.parametrize("mark", ["train", "loss_weight", "weight"])
+@pytest.mark.parametrize(
+    ("column", "speaker", "said"), [("messages", "role", "content"), ("conversations", "from", "value")]
+)
+def test_marks_of_single_turns(tmp_path, mark, column, speaker, said):
+    def turn(who: str, **more: object) -> dict:
+        return {speaker: who, said: who, **more}
+
+    row = {column: [turn("user", **{mark: 0}), turn("assistant", **{mark: 0.0}), turn("user"), turn("assistant")]}
+    assert [turn.train for turn in one(tmp_path, row).turns] == [False, False, False, True]
+    row[column][1][mark], row[column][3][mark] = 1, False
+    assert [turn.train for turn in one(tmp_path, row).turns] == [False, True, False, False]
+
+
+def test_an_alpaca_row_with_a_history(tmp_path):
+    row = {"instruction": "And 3+3?", "output": "6", "system": "Be brief.", "history": [["2+2?", "4"]]}
+    example = one(tmp_path, row)
+    assert example == Instruction("And 3+3?", "", "6", "Be brief.", (("2+2?", "4"),))
+    assert texts(example) == ["Be brief.", "2+2?", "4", "And 3+3?", "", "6"]
+    assert [turn.text for turn in as_chat(example).turns] == ["Be brief.", "2+2?", "4", "And 3+3?", "6"]
+    assert [turn.train for turn in as_chat(example).turns] == [False, False, True, False, True]
+    assert one(tmp_path, row | {"history": [], "system": ""}) == Instruction("And 3+3?", "", "6")
+
+
+def test_a_prompt_and_a_completion_of_messages(tmp_path):
+    row = {"prompt": [ASK, ANSWER, ASK], "completion": [ANSWER], "tools": [{"name": "add"}]}
+    expected = Chat((user("2+2?"), assistant("4", False), user("2+2?"), assistant("4")), '[{"name": "add"}]')
+    example = one(tmp_path, row)
+    assert example == expected
+    assert [turn.place for turn in example.turns] == ["prompt[0]", "prompt[1]", "prompt[2]", "completion[0]"]
+    bad = one(tmp_path, {"prompt": "2+2?", "completion": [ANSWER]})
+    assert str(bad.reason) == "prompt is text, not a list"
+
+
+def test_a_system_column_goes_before_a_conversation(tmp_path):
+    for column, turns in (
+        ("messages", [ASK, ANSWER]),
+        ("conversations", [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]),
+    ):
+        example = one(tmp_path, {column: turns, "system": "Be brief."})
+        assert example == Chat((Turn("system", "Be brief.", False), user("2+2?"), assistant("4")))
+
+
+def test_a_row_that_is_read_already_is_parsed_as_in_its_file(tmp_path):
+    row = {"question": "2+2?", "answer": "4"}
+    columns = {"question": "instruction", "answer": "output"}
+    path = write(tmp_path, "rows.jsonl", [row])
+    assert settle(path, row, "auto", columns) == "alpaca"
+    assert settle(path, row, "text") == "text"
+    example = parse(row, "alpaca", columns, "rows.jsonl:1")
+    assert example == next(read(path, columns=columns))
+    assert example.origin == "rows.jsonl:1"
+    with pytest.raises(RowError) as error:
+        parse({"question": "2+2?", "answer": None}, "alpaca", columns)
+    assert (error.value.key, str(error.value)) == ("answer", "answer is null")
+    assert pickle.loads(pickle.dumps(error.value)).key == "answer"
+
+
+def test_the_key_of_a_bad_row_is_the_files_own(tmp_path):
+    row = {"chat": [ASK, says("assistant", None)]}
+    assert one(tmp_path, row, columns={"chat": "messages"}) == BadRow(
+        f"{tmp_path / 'one.json'} row 1", "chat[1].content is null", "chat[1].content"
+    )
+
+
 # ---- bad rows
 
 
@@ -182,6 +284,56 @@ def test_auto_takes_the_first_row_and_holds_the_others_to_it(tmp_path):
             {"messages": [ASK, ANSWER | {"tool_calls": [{}]}]},
             "messages[1].tool_calls[0].name is missing; there is nothing",
         ),
+        ({"text": "a\0b"}, "text holds a NUL character, its character 2"),
+        ({"instruction": "Add.", "output": "4", "history": "2+2"}, "history is text, not a list"),
+        ({"instruction": "Add.", "output": "4", "history": [["2+2?"]]}, "history[0] is not a list of two texts"),
+        ({"instruction": "Add.", "output": "4", "history": [["2+2?", ""]]}, "history[0][1] is empty"),
+        ({"instruction": "Add.", "output": "4", "history": [[None, "4"]]}, "history[0][0] is null"),
+        ({"instruction": "Add.", "output": "4", "tools": [{}]}, "tools has no place in a row of this format"),
+        ({"prompt": "2+2=", "completion": "4", "system": "s"}, "system has no place in a row of this format"),
+        ({"messages": [ASK, ANSWER | {"tool_call": {"name": "add"}}]}, "messages[1].tool_call says something that no"),
+        ({"messages": [ASK, ANSWER | {"refusal": "No."}]}, "messages[1].refusal says something that no part"),
+        ({"messages": [ASK, ANSWER], "functions": [{"name": "f"}]}, "functions says something that no part"),
+        ({"messages": [ASK | {"tool_calls": [CALLED]}, ANSWER]}, "messages[0].tool_calls stands in a turn of user"),
+        (
+            {"messages": [ASK, ANSWER | {"thinking": "a", "reasoning": "b"}]},
+            "messages[1].thinking says one thing and reasoning another",
+        ),
+        (
+            {"messages": [ASK, ANSWER | {"tool_calls": [CALLED], "function_call": CALLED}]},
+            "messages[1].function_call stands beside tool_calls",
+        ),
+        ({"messages": [ASK, ANSWER | {"tool_calls": "add"}]}, "messages[1].tool_calls is text, not a list"),
+        ({"messages": [ASK, ANSWER | {"function_call": "add"}]}, "messages[1].function_call is text, not an object"),
+        (
+            {"messages": [ASK, ANSWER | {"tool_calls": [{"function": {"name": None, "arguments": {}}}]}]},
+            "messages[1].tool_calls[0].function.name is null",
+        ),
+        (
+            {"messages": [ASK, ANSWER | {"tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]},
+            "messages[1].tool_calls[0].function.arguments is not valid JSON at column 2",
+        ),
+        (
+            {"messages": [ASK, ANSWER | {"tool_calls": [{"function": {"name": "add", "arguments": "[2]"}}]}]},
+            "messages[1].tool_calls[0].function.arguments is a list, not an object",
+        ),
+        (
+            {"messages": [ASK, ANSWER | {"tool_calls": [{"name": "add", "arguments": {"a": [{"b": "\0"}]}}]}]},
+            "messages[1].tool_calls[0].arguments.a[0].b holds a NUL character",
+        ),
+        (
+            {"messages": [ASK, ANSWER | {"tool_calls": [{"type": "web", "function": CALLED}]}]},
+            "messages[1].tool_calls[0].type is 'web'; only functions can be called",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": "add"}]},
+            "conversations[1].value is not valid JSON at column 1: Expecting value; a call that is to stand as it is",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "function_call", "value": "[]"}]},
+            "conversations[1].value is not an object with name and arguments",
+        ),
+        ({"messages": [ASK, ANSWER], "tools": [{"name": "\ud800"}]}, "tools[0].name holds half a surrogate pair"),
         ({"messages": [ASK, ANSWER], "tools": "{"}, "tools is not valid JSON"),
         ({"messages": [ASK, ANSWER], "tools": {"name": "f"}}, "tools is not a list of objects"),
         ({"conversations": [{"from": "bot", "value": "hi"}]}, "conversations[0].from is 'bot'"),
@@ -333,6 +485,9 @@ def test_the_built_in_set_is_called_tiny():
 def test_real_sets_are_read_whole(name, columns, kind, number):
     examples = list(read(DATA / name, "auto", columns))
     assert [type(example) for example in examples] == [kind] * number
+    content = (DATA / name).read_bytes()
+    counted = len(json.loads(content)) if name.endswith(".json") else content.rstrip(b"\n").count(b"\n") + 1
+    assert counted == number
 
 
 @real_data

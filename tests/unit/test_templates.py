@@ -349,6 +349,32 @@ def test_the_only_answer():
     assert only_answer(Text("all of it")) is None
 
 
+@pytest.mark.parametrize("train_on_prompt", [False, True])
+def test_many_examples_give_what_each_gives(make, train_on_prompt):
+    """In one call of the tokenizer, whatever their kinds; an error stands in the place of its example."""
+    tokenizer, _ = make(FORGETFUL)
+    thoughtful = Chat((TALK.turns[0], replace(TALK.turns[1], text="<think>hm</think>Hello!"), *TALK.turns[2:]))
+    examples = [example for example, _ in EXAMPLES]
+    examples += [thoughtful, Text("<s>"), Text("a"), replace(TALK, turns=(TALK.turns[0],)), *examples]
+    made = templates.documents_of(examples, "auto", tokenizer, train_on_prompt)
+    refused = 0
+    for example, found in zip(examples, made, strict=True):
+        try:
+            assert found == documents(example, "auto", tokenizer, train_on_prompt)
+        except RowError as error:
+            assert str(found) == str(error)
+            refused += 1
+    assert refused == 2  # the bos, and: nothing to learn; or with prompts: a prompt that would be learned twice
+    assert templates.documents_of([], "auto", tokenizer) == []
+
+
+def test_an_instruction_with_a_history_is_a_chat_in_either_template(make):
+    example = Instruction("2+2?", "", "It is 4.", "Be brief.", (("Hi there", "Hello!"),))
+    tokenizer, _ = make(CHATML)
+    assert documents(example, "chat", tokenizer) == documents(BRIEFED, "chat", tokenizer)
+    assert documents(example, "auto", tokenizer) == documents(BRIEFED, "alpaca", tokenizer)
+
+
 # ---- tokens that would reach over a seam
 
 
@@ -424,12 +450,16 @@ def test_real_rows_come_back_whole(make, name, columns):
         assert made.ids.count(tokenizer.bos_id) == 1
 
 
+def llama2(folder: Path) -> Tokenizer:
+    (folder / "tokenizer.model").write_bytes((DATA / "llama2_tokenizer.model").read_bytes())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    return load_tokenizer(folder)
+
+
 @real_data
 def test_no_space_is_put_before_what_goes_on(tmp_path):
     """Sentencepiece puts a space before a text: right at its beginning, wrong at every seam."""
-    (tmp_path / "tokenizer.model").write_bytes((DATA / "llama2_tokenizer.model").read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
-    tokenizer = load_tokenizer(tmp_path)
+    tokenizer = llama2(tmp_path)
     assert tokenizer.decode(tokenizer.encode("hel") + tokenizer.encode("lo")) != "hello"
 
     made = document(Completion("hel", "lo"), "auto", tokenizer)
@@ -441,6 +471,26 @@ def test_no_space_is_put_before_what_goes_on(tmp_path):
     prompts = (f"### Instruction:\n{turn.text}\n\n### Response:\n" for turn in TALK.turns[::2])
     text = "{}Hello!</s>\n\n{}It is 4.</s>".format(*prompts)
     assert tokenizer.decode(made.ids, skip_special=False).removeprefix("<s>").lstrip() == text
+
+
+@real_data
+@pytest.mark.parametrize("name", ["alpaca_en_demo.json", "alpaca_zh_demo.json", "gsm8k_test.jsonl"])
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_a_continuation_has_the_ids_of_the_whole_where_nothing_merges(make, tmp_path, kind, name):
+    """An answer is encoded by itself; this is what it would be in one text with its prompt, unless a token of that
+    reaches over the seam."""
+    tokenizer = make()[0] if kind == "byte-level" else llama2(tmp_path)
+    columns = {"question": "instruction", "answer": "output"} if name.startswith("gsm8k") else {}
+    examples = list(read(DATA / name, "auto", columns))[:300]
+    same = 0
+    for example in examples:
+        prompt = templates.alpaca_prompt(example.instruction, example.input)
+        whole = tokenizer.encode(prompt + example.output)
+        made = document(example, "auto", tokenizer)
+        seamless = whole[: len(tokenizer.encode(prompt))] == tokenizer.encode(prompt)
+        assert (made.ids == [tokenizer.bos_id, *whole, tokenizer.eos_id]) == seamless
+        same += seamless
+    assert same > 0.95 * len(examples)
 
 
 # ---- what is refused
@@ -455,7 +505,8 @@ def test_a_bos_in_a_row_is_refused(make):
         Text("<s>a"),
         Chat((Turn("user", "<s>", False), Turn("assistant", "b", True))),
     ):
-        with pytest.raises(RowError, match="its text holds '<s>'"):
+        where = "turn 1" if isinstance(example, Chat) else "its text"
+        with pytest.raises(RowError, match=f"{where} holds '<s>'"):
             document(example, "auto", tokenizer)
     with pytest.raises(UserError, match="cannot be asked: its text holds '<s>'"):
         instruction_ids("<s>", "", "auto", tokenizer)
