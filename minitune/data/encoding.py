@@ -12,6 +12,7 @@ from functools import lru_cache
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Engine
 
+from minitune.data.words import words_of
 from minitune.tokenizer import Tokenizer
 
 
@@ -98,6 +99,8 @@ def encoded_pieces(drafts: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> l
 
 
 def encode_all(engine: Engine, texts: list[str]) -> list[list[int]]:
+    if words := words_of(engine):
+        return [words.encode(text) for text in texts]
     return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from minitune.pretrained import TINY
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -101,3 +103,14 @@ def test_every_result_says_what_it_is_of() -> None:
         for result in found if isinstance(found, list) else []:
             assert {"case", "system", "method", "versions", "command"} <= result.keys(), path.name
             assert "failed" in result or {"tokens_per_second", "peak_allocated_gb", "final_loss"} <= result.keys()
+
+
+def test_data_is_measured_and_a_missing_rival_said(tmp_path: Path) -> None:
+    asked = ["--tokenizer", TINY, "--megabytes", 0.5, "--trl", sys.executable, "--out", tmp_path / "results.json"]
+    printed = python(BENCHMARKS / "data.py", *asked)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [result["system"] for result in results][:2] == ["minitune", "minitune, no near duplicates"]
+    for result in results:
+        assert result["rows_per_second"] > 0 and result["fill"] > 0.9 and result["peak_memory_gb"] > 0.05
+        assert result["system"] in printed
+    assert len(results) == 4 or "trl is not measured" in printed
