@@ -24,7 +24,7 @@ from minitune import launch, nf4, parallel, watch
 from minitune.errors import RunFailed, UserError
 from minitune.nf4 import NF4Linear
 
-PIECE = 2**18  # numbers that are digested at once
+PIECE = {"cpu": 2**18, "cuda": 2**22}  # numbers that are digested at once: as a cache holds, or few launches
 BYTES_SHARD = (2, 12)  # the first PyTorch whose FSDP takes parameters that are bytes
 
 
@@ -339,8 +339,9 @@ def sum_of(places: list[tuple[nn.Module, str]]) -> Tensor:
         word = 8 if a_row % 8 == 0 else 1
         data = data if data.data_ptr() % word == 0 else data.clone()
         start = own_rows(parameter).start * a_row // word
-        for number, piece in enumerate(data.view(torch.int64 if word == 8 else torch.uint8).split(PIECE)):
-            first = start + number * PIECE
+        size = PIECE[data.device.type]
+        for number, piece in enumerate(data.view(torch.int64 if word == 8 else torch.uint8).split(size)):
+            first = start + number * size
             weight = torch.arange(first, first + len(piece), device=piece.device)
             weight.add_(which << 40).mul_(0x1E3779B97F4A7C15)  # modulo 2^64, as all that follows
             weight.bitwise_xor_(weight >> 29).bitwise_or_(1)
