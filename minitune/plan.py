@@ -57,6 +57,11 @@ class Memory:
             self.gradients,
         )
 
+    def reserved(self, choice: "Choice") -> int:
+        """With what is freed and not to be had: where ranks share weights, what is on its way has streams of its own,
+        and what one stream has freed another cannot take."""
+        return self.total(choice) + (self.passing + self.passing_embedding if self.shards > 1 else 0)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -180,6 +185,4 @@ def choose(need: Memory, free: int, cfg: Config, by_hand: bool) -> Choice:
 
 
 def fits(need: Memory, way: Choice, free: int) -> bool:
-    # What is on its way has streams of its own, and what one stream has freed another cannot take.
-    pools = need.passing + need.passing_embedding if need.shards > 1 else 0
-    return need.total(way) + pools <= free * (1 - SPARE)
+    return need.reserved(way) <= free * (1 - SPARE)

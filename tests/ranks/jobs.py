@@ -206,7 +206,7 @@ def ways(arguments: list[str], out: str) -> None:
         parallel.free_memory = lambda _: 0
         chosen["too little"] = build.compose(cfg, base, device)[1]
         for shards, need in list(needs.items()):
-            least = need.total(plan.choose(need, 0, cfg, False)) / (1 - plan.SPARE) + 10_000
+            least = need.reserved(plan.choose(need, 0, cfg, False)) / (1 - plan.SPARE) + 10_000
             parallel.free_memory = lambda _, least=least: int(least) + parallel.rank() * 10**6
             chosen[shards] = build.compose(cfg, base, device)[1]
         if parallel.is_first():
