@@ -119,7 +119,7 @@ def test_bf16_weights_have_their_masters_spread_and_go_on_bit_for_bit(
 @pytest.mark.slow
 def test_auto_takes_the_first_that_fits(launch: Launch, recipe: Path, make_base: MakeBase, tmp_path: Path) -> None:
     """On the rank that has least memory."""
-    out, deep = tmp_path / "chosen.json", make_base(**SMALL | {"num_hidden_layers": 24})
+    out, deep = tmp_path / "chosen.json", make_base(**SMALL | {"num_hidden_layers": 128})
     arguments = [str(recipe), f"model.path={deep}", "parallel.sharding=auto", "train.batch_size=1", "lora.r=1"]
     ended = launch(4, jobs.ways, arguments, str(out), machines=2)
     assert ended.codes == [0] * 4, ended.logs
