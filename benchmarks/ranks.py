@@ -11,6 +11,7 @@ nor of how far it hides behind compute: only `--real` on as many GPUs shows thes
 """
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -152,12 +153,18 @@ def main() -> None:
     parser.add_argument("--real", action="store_true", help="over as many GPUs as torchrun started processes for")
     options = parser.parse_args()
     cases = options.case or [name for name in CASES if not name.startswith("tiny")]
+    if options.real:
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        cases = [name for name in cases if CASES[name][1] == ranks]
+        if not cases:
+            parser.error(f"no case is of {ranks} ranks; start torchrun with as many processes as a case has")
+    if options.card and not torch.cuda.is_available():
+        parser.error("--card is for a GPU")
 
     def run() -> None:
         found = []
         for name in cases:
-            if options.real and CASES[name][1] != parallel.world():
-                continue
+            gc.collect()  # the last model, which its hooks hold
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()

@@ -41,8 +41,7 @@ def shard(model: nn.Module, how: str, device: torch.device) -> None:
         if isinstance(module, NF4Linear):
             whole |= {module.nested_absmax, module.nested_offset}  # 0.0002 bytes a weight, and no rows
             name_as_floats(module)
-    base_is_frozen = not model.model.norm.weight.requires_grad
-    if base_is_frozen:
+    if frozen:
         whole |= set(model.model.norm.parameters())  # a few thousand numbers, for which no head is to be gathered
     common = {
         "mesh": mesh_of(how, device),
@@ -53,14 +52,13 @@ def shard(model: nn.Module, how: str, device: torch.device) -> None:
     tied = model.config.tie_word_embeddings
     for unit in blocks if tied else [model.model.embed_tokens, *blocks]:
         fully_shard(unit, **common)
-    fully_shard(model, reshard_after_forward=base_is_frozen, **common)
+    fully_shard(model, reshard_after_forward=bool(frozen), **common)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)  # gloo has no sum that multiplies first
-    trained_embedding = [] if tied or base_is_frozen else [model.model.embed_tokens]
-    in_turn(model, blocks, [*trained_embedding, *blocks])
-    if base_is_frozen:
+    in_turn(model, blocks, units_with_a_gradient(model, tied))
+    if frozen:
         # The loss makes the gradient of the hidden states while the head is there (loss.py): to go back through it no
         # head is needed, unless it was called as a module.
         model.loss.register_forward_pre_hook(lambda *_: model.set_unshard_in_backward(False))
@@ -68,6 +66,16 @@ def shard(model: nn.Module, how: str, device: torch.device) -> None:
     for block in blocks:
         block.register_forward_pre_hook(lambda *_: watch.beat())
     model.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else model.reshard())
+
+
+def units_with_a_gradient(model: nn.Module, tied: bool) -> list[nn.Module]:
+    """Those that a backward pass comes to, in the order of the forward pass: from the first in which something trains
+    on. What is below gets no gradient."""
+    units = list(model.layers) if tied else [model.model.embed_tokens, *model.layers]
+    if any(p.requires_grad for p in model.model.embed_tokens.parameters()):
+        return units
+    trains = [any(p.requires_grad for p in unit.parameters()) for unit in units]
+    return units[trains.index(True) :] if any(trains) else []
 
 
 def in_turn(model: nn.Module, forward: list[nn.Module], backward: list[nn.Module]) -> None:
@@ -81,8 +89,9 @@ def in_turn(model: nn.Module, forward: list[nn.Module], backward: list[nn.Module
         unit.set_modules_to_forward_prefetch([following])
     for unit, following in pairwise(backward):
         following.set_modules_to_backward_prefetch([unit])
-    model.set_modules_to_backward_prefetch([backward[-1]])
-    backward[0].set_modules_to_backward_prefetch([backward[0]])  # itself, which is there: nothing
+    model.set_modules_to_backward_prefetch(backward[-1:] or [model])
+    if backward:  # before the first there is nothing: it asks for itself, which is there, as no list is FSDP's own
+        backward[0].set_modules_to_backward_prefetch(backward[:1])
 
 
 def name_as_floats(linear: NF4Linear) -> None:

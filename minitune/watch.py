@@ -22,6 +22,7 @@ import torch.distributed as dist
 from minitune.errors import Interrupted, RunFailed, UserError
 
 PATIENT = -1  # in place of a count: it is at something that may take any time, or waits for one who is
+HOLDER_DIED = "rank 0 died, which holds the job together"
 GRACE = 5.0  # seconds in which a job may end in order once it is known to have failed
 
 
@@ -57,7 +58,7 @@ def over(store: dist.Store, rank: int, world: int, timeout: float) -> Iterator[N
     """Watch over this process and the others while the block runs. What it raises is said once, with the rank whose
     fault it is."""
     watcher = Watcher(store, rank, world, timeout)
-    watcher.thread.start()
+    watcher.start()
     try:
         yield
     except (UserError, Interrupted) as error:  # raised on all alike
@@ -71,7 +72,7 @@ def over(store: dist.Store, rank: int, world: int, timeout: float) -> Iterator[N
                 raise
             why = watcher.failure()
         except dist.DistError:
-            why = "the process that holds the job together died"
+            why = HOLDER_DIED
         raise RunFailed(f"rank {rank} ends because {why}") from None
     watcher.stop()
 
@@ -79,25 +80,47 @@ def over(store: dist.Store, rank: int, world: int, timeout: float) -> Iterator[N
 class Watcher:
     def __init__(self, store: dist.Store, rank: int, world: int, timeout: float) -> None:
         self.store, self.rank, self.world, self.timeout = store, rank, world, timeout
-        self.over = threading.Event()
+        self.over, self.ended = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self.watch, name="watch", daemon=True)
         self.neighbours: dict[int, int] = {}  # ranks on this machine -> their process ids
         self.every = min(1.0, timeout / 20)  # seconds between two looks
-        self.looks = 0
+        self.looks = self.answered = 0  # how many were begun, and how many came to an end
         now = time.monotonic()
         self.heard, self.heard_at = [""] * world, [now] * world  # what each rank last said, and when that was new
         self.counts, self.moved_at = [PATIENT] * world, [now] * world
         store.set(f"process/{rank}", json.dumps([socket.gethostname(), os.getpid()]))
+
+    def start(self) -> None:
+        self.thread.start()
+        if self.rank:
+            threading.Thread(target=self.guard, name="guard of the watch", daemon=True).start()
 
     def watch(self) -> None:
         while not self.over.wait(self.every):
             try:
                 self.look()
                 failed = self.failure()
+                self.answered += 1
             except dist.DistError:
-                failed = "the process that holds the job together died"
+                failed = HOLDER_DIED
             if failed and not self.over.wait(GRACE):
                 os._exit(1)  # the main thread waits for an answer that will not come
+
+    def guard(self) -> None:
+        """End this process where rank 0, which keeps what all have said, no longer answers: a look at it has no end
+        then. Counts its own turns, not the clock's seconds, so that a process that was stopped itself is not late."""
+        turns, answered = 0, -1
+        while not self.ended.wait(self.every):
+            turns, answered = (turns + 1, answered) if answered == self.answered else (0, self.answered)
+            if turns * self.every > self.timeout:
+                who = (
+                    f"rank 0 did not answer for {self.timeout:g} s (parallel.timeout_seconds), as rank {self.rank} sees"
+                )
+                print(f"failed: {who}", file=sys.stderr, flush=True)
+                if 0 in self.neighbours:
+                    os.kill(self.neighbours[0], signal.SIGKILL)
+                time.sleep(GRACE)  # in which the launcher sees who it was
+                os._exit(1)
 
     def look(self) -> None:
         """Tell the others how far this process has come, and see who has died or hangs."""
@@ -148,6 +171,7 @@ class Watcher:
         self.over.set()
         self.thread.join()
         self.store.set(f"done/{self.rank}", "yes")
+        self.ended.set()
         until = time.monotonic() + GRACE
         everyone = [f"done/{rank}" for rank in range(self.world)]
         while self.rank == 0 and not self.store.check(everyone) and time.monotonic() < until:

@@ -45,6 +45,13 @@ def test_the_first_rank_may_die_too(arguments: list[str], launch: Launch, tmp_pa
     assert "rank 1" in ended.logs[1] and "Traceback" not in ended.logs[1], ended.logs[1]
 
 
+def test_a_first_rank_that_is_frozen_ends_the_job(arguments: list[str], launch: Launch, tmp_path: Path) -> None:
+    """It keeps what the ranks tell each other, so nobody can ask who it was."""
+    ended = launch(2, jobs.train, [*arguments, f"out={tmp_path / 'run'}"], {"rank": 0, "step": 3, "what": "is stopped"})
+    assert 0 not in ended.codes and ended.seconds < TIMEOUT + 15
+    assert f"failed: rank 0 did not answer for {TIMEOUT} s" in ended.logs[1], ended.logs[1]
+
+
 def test_sigterm_on_one_rank_saves_on_all(arguments: list[str], launch: Launch, tmp_path: Path) -> None:
     out = tmp_path / "run"
     ended = launch(2, jobs.train, [*arguments, f"out={out}"], {"rank": 1, "step": 2, "what": "gets SIGTERM"})
