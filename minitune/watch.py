@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -113,12 +113,9 @@ class Watcher:
         while not self.ended.wait(self.every):
             turns, answered = (turns + 1, answered) if answered == self.answered else (0, self.answered)
             if turns * self.every > self.timeout:
-                who = (
-                    f"rank 0 did not answer for {self.timeout:g} s (parallel.timeout_seconds), as rank {self.rank} sees"
-                )
-                print(f"failed: {who}", file=sys.stderr, flush=True)
-                if 0 in self.neighbours:
-                    os.kill(self.neighbours[0], signal.SIGKILL)
+                reason = f"rank 0 did not answer for {self.timeout:g} s (parallel.timeout_seconds)"
+                print(f"failed: {reason}, as rank {self.rank} sees", file=sys.stderr, flush=True)
+                self.end(0)
                 time.sleep(GRACE)  # in which the launcher sees who it was
                 os._exit(1)
 
@@ -137,10 +134,16 @@ class Watcher:
             self.blame(f"{named(dead)} died, as rank {self.rank} sees")
         elif behind := self.behind():
             reason = f"{named(behind)} did not move for {self.timeout:g} s (parallel.timeout_seconds)"
-            self.blame(f"{reason}, as rank {self.rank} sees")
+            if not self.blame(f"{reason}, as rank {self.rank} sees"):
+                time.sleep(min(1.0, self.every))  # it may be one of them that says so, and has yet to print it
             for rank in behind:  # the launcher then sees who it was
-                if rank in self.neighbours:
-                    os.kill(self.neighbours[rank], signal.SIGKILL)
+                self.end(rank)
+
+    def end(self, rank: int) -> None:
+        """Kill a rank that is on this machine, if nobody has yet."""
+        if rank in self.neighbours:
+            with suppress(ProcessLookupError):
+                os.kill(self.neighbours[rank], signal.SIGKILL)
 
     def behind(self) -> list[int]:
         """Those that have said nothing for too long; or, of ranks that all say how far they are, those with the lowest

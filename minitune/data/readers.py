@@ -312,7 +312,7 @@ def group_rows(file: Any, group: int, before: int, chunk: Chunk) -> Iterator[tup
                     if chunk.start <= number < chunk.stop:
                         yield Place(number + 1, number, 1), row
             before += batch.num_rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError) as error:  # two fields of one name in a struct are a ValueError
         raise UserError(f"{chunk.path}: not a whole parquet file: {error}") from None
 
 
@@ -323,9 +323,13 @@ def opened_parquet(path: Path) -> Any:
     except ImportError:
         raise UserError(f"{path}: parquet files are read with pyarrow: pip install 'minitune[parquet]'") from None
     try:
-        return ParquetFile(path, pre_buffer=False)
+        file = ParquetFile(path, pre_buffer=False)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a parquet file: {error}") from None
+    names = file.schema_arrow.names
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise UserError(f"{path}: it has two columns of one name: {', '.join(twice)}; rename one of each")
+    return file
 
 
 READERS = {

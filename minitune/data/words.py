@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Engine
 
 SPACE = "▁"
 WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
-LONGEST, MOST = 32, 1 << 18  # characters of a word that is kept, and kept words
+LONGEST, MOST = 32, 1 << 16  # characters of a word that is kept, and kept words: 100 MB of the worst
 
 
 class Words:

@@ -182,6 +182,21 @@ def test_parquet_rows_are_those_that_were_written(parquet, group):
     assert origin(path, 4) == f"{path} row 4"
 
 
+def test_parquet_that_gives_a_name_twice_is_refused(parquet, tmp_path):
+    import pyarrow
+    from pyarrow.parquet import write_table
+
+    parquet(CHAT)  # skips where there is no pyarrow
+    path, text = tmp_path / "twice.parquet", pyarrow.array(["a"])
+    write_table(pyarrow.table([text, text, text], ["text", "note", "text"]), path)
+    with pytest.raises(UserError, match=r"two columns of one name: text; rename"):
+        list(rows(path))
+    turn = pyarrow.StructArray.from_arrays([text, text], ["role", "role"])
+    write_table(pyarrow.table([turn], ["messages"]), path)
+    with pytest.raises(UserError, match=r"twice\.parquet.*duplicate field names"):
+        list(rows(path))
+
+
 def test_a_file_that_is_no_parquet_is_refused(parquet, tmp_path):
     data = parquet(CHAT).read_bytes()
     for content in (b"PAR1 nothing", data[:-9], b""):
