@@ -7,7 +7,8 @@ Memory and compute are those of a rank: the model is spread, gathered, computed 
 a fake process group returns at once and moves nothing. So losses mean nothing here, and nothing is seen of bandwidth,
 nor of how far it hides behind compute: only `--real` on as many GPUs shows these. Weights are unset (zeros).
 
-`--card 79.1` leaves a larger GPU no more memory than an 80 GB one has, so that what is said to fit there has to.
+`--card 79.1` leaves a larger GPU no more memory than an 80 GB one has, so that what is said to fit there has to, and
+what is paged has to move.
 """
 
 import argparse
@@ -25,7 +26,7 @@ import shapes
 import torch
 import torch.distributed as dist
 
-from minitune import adapters, build, files, log, optim, parallel, sharding
+from minitune import adapters, build, files, launch, log, optim, parallel, sharding
 from minitune.config import load_config
 from minitune.data.packing import Batch, Corpus, collate
 from minitune.step import take_step
@@ -40,9 +41,14 @@ CASES: dict[str, tuple[str, int, list[str]]] = {  # size, ranks, what the recipe
     "70b-lora-full-64": ("70b", 64, ["method=lora", "parallel.sharding=full"]),
     "70b-full-full-8": ("70b", 8, ["method=full", "parallel.sharding=full", "optim.name=paged_adamw_32bit"]),
     "70b-full-full-16": ("70b", 16, ["method=full", "parallel.sharding=full", "optim.name=paged_adamw_32bit"]),
+    "8b-lora-full-2": ("8b", 2, ["method=lora", "parallel.sharding=full"]),
+    "8b-qlora-full-2": ("8b", 2, ["method=qlora", "parallel.sharding=full"]),
+    "8b-lora-full-8": ("8b", 8, ["method=lora", "parallel.sharding=full"]),
+    "8b-qlora-full-8": ("8b", 8, ["method=qlora", "parallel.sharding=full"]),
     "8b-lora-replicate-4": ("8b", 4, ["method=lora", "parallel.sharding=replicate"]),
     "8b-qlora-replicate-8": ("8b", 8, ["method=qlora", "parallel.sharding=replicate"]),
     "8b-lora-replicate-8": ("8b", 8, ["method=lora", "parallel.sharding=replicate"]),
+    "tiny-qlora-full-2": ("tiny", 2, ["method=qlora", "parallel.sharding=full", "model.dtype=float32"]),
     "tiny-qlora-full-8": ("tiny", 8, ["method=qlora", "parallel.sharding=full", "model.dtype=float32"]),
     "tiny-full-full-64": ("tiny", 64, ["method=full", "parallel.sharding=full", "model.dtype=float32"]),
     "tiny-lora-replicate-8": ("tiny", 8, ["method=lora", "parallel.sharding=replicate", "model.dtype=float32"]),
@@ -61,28 +67,23 @@ def measure(name: str, tokens: int, steps: int, real: bool, card: float) -> dict
         cfg = replace(cfg, lora=replace(cfg.lora, dropout=0.0))
         if ranks > 1 and not real:
             pretend(ranks)
-        device = (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            if torch.cuda.is_available()
-            else torch.device("cpu")
-        )
-        if card:
-            confine(device, (card - CONTEXT) * 2**30)
+        device = this_device()
         build.pretrained.check_weights = lambda model, folder: None  # a shape alone has none
         try:
             model, made_of = build.compose(cfg, Path(folder, "model"), device)
             zeros(model, device)
+            check_seconds = time_of_check(model, device) if real and sharding.is_sharded(model) else None
             adapters.reset(model, cfg.seed)
             optimizer, _ = optim.make_optimizer(model, replace(cfg.optim, learning_rate=1e-5))
             batch = rows(tokens).to(device)
-            seconds = []
+            seconds, updates = [], time_updates(optimizer)
             for step in range(steps):
                 since = time.perf_counter()
                 take_step(model, optimizer, [batch], cfg, step)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+                wait()
                 seconds.append(time.perf_counter() - since)
             reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+            retries = torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0
             planned = float(made_of.rpartition("about ")[2].removesuffix(" GB"))
             return {
                 "case": name,
@@ -94,9 +95,12 @@ def measure(name: str, tokens: int, steps: int, real: bool, card: float) -> dict
                 "card_gib": card or None,
                 "made_of": made_of,
                 "tokens_per_second": round(tokens / statistics.median(seconds[len(seconds) // 2 :]), 1),
+                "update_seconds": round(statistics.median(updates[len(updates) // 2 :]), 3),
                 "peak_allocated_gb": round(parallel.memory_gb(device), 2),
                 "peak_reserved_gb": round(reserved / 1e9, 2),
+                "allocator_retries": retries,
                 "planned_gb": planned,
+                "check_seconds": check_seconds,
                 "final_loss": None,
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
                 "versions": log.versions(),
@@ -108,10 +112,39 @@ def measure(name: str, tokens: int, steps: int, real: bool, card: float) -> dict
                 dist.destroy_process_group()
 
 
-def confine(device: torch.device, memory: float) -> None:
-    """Let this process have so many bytes of a GPU, and see no more."""
-    torch.cuda.set_per_process_memory_fraction(memory / torch.cuda.mem_get_info(device)[1], device)
-    parallel.free_memory = lambda device: int(memory) - torch.cuda.memory_allocated(device)
+def this_device() -> torch.device:
+    return torch.device("cuda", launch.place().local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def confine(device: torch.device, card: float) -> None:
+    """Hold so much of a GPU's memory, past PyTorch's reach, that it is as small as one of so many GiB."""
+    import ctypes
+
+    rest = torch.cuda.mem_get_info(device)[0] - int((card - CONTEXT) * 2**30)
+    pointer = ctypes.c_uint64()
+    code = ctypes.CDLL("libcuda.so.1").cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(rest))
+    if code:
+        raise SystemExit(f"--card {card}: the GPU does not give {rest / 1e9:.1f} GB away (CUDA error {code})")
+
+
+def time_updates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """The seconds of each update from now on, as the optimizer takes them."""
+    real, found = optimizer.step, []
+
+    def step(*arguments: Any) -> None:
+        wait()
+        since = time.perf_counter()
+        real(*arguments)
+        wait()
+        found.append(time.perf_counter() - since)
+
+    optimizer.step = step
+    return found
+
+
+def wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def pretend(ranks: int) -> None:
@@ -136,6 +169,13 @@ def zeros(model: torch.nn.Module, device: torch.device) -> None:
     if sharding.is_sharded(model):  # as `sharding.check` does, whose sums need the other ranks
         with torch.compiler.set_stance("force_eager"):
             model(torch.zeros(1, 1, dtype=torch.int64, device=device))
+
+
+def time_of_check(model: torch.nn.Module, device: torch.device) -> float:
+    """Of the comparison that a run starts with, of what is gathered with what the ranks hold; kernels are there."""
+    since = time.perf_counter()
+    sharding.check(model, device)  # which waits for the digests
+    return round(time.perf_counter() - since, 3)
 
 
 def rows(tokens: int) -> Batch:
@@ -163,6 +203,8 @@ def main() -> None:
 
     def run() -> None:
         found = []
+        if options.card:
+            confine(this_device(), options.card)
         for name in cases:
             gc.collect()  # the last model, which its hooks hold
             if torch.cuda.is_available():
@@ -173,10 +215,7 @@ def main() -> None:
             if parallel.is_first():
                 files.write_text(options.out, json.dumps(found, indent=1) + "\n")
 
-    if options.real:
-        with parallel.processes(False, 600):
-            run()
-    else:
+    with parallel.processes(False, 600):  # one, unless they are real
         run()
 
 

@@ -6,8 +6,9 @@
 A run is killed with SIGKILL, in turn at any moment and inside the save after the first of its try, and started again,
 until it ends. It must come to the losses, gradient norms and adapter of a run that nothing happened to, and at each
 start, and at its end, hold the same bytes of frozen weights. The control goes on without the optimizer's memory, and
-must differ. Before that (unless --long 0) a small model takes a thousand steps, evaluating and saving as it goes:
-neither the GPU's memory nor the host's may grow. With a FOLDER in memory (/dev/shm) the saves do not wait for a disk.
+must differ; it and the straight run are on the last GPU of several. Before that (unless --long 0) a small model takes a
+thousand steps, evaluating and saving as it goes: neither the GPU's memory nor the host's may grow. With a FOLDER in
+memory (/dev/shm) the saves do not wait for a disk.
 
 Prints a table and, last, one line of JSON. When --seconds are nearly over no further kill is begun.
 """
@@ -22,6 +23,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 WATCHED = "--watched"  # how this file starts itself again
@@ -77,8 +80,6 @@ class Row:
 def watched(told: Path, forgetful: bool, arguments: list[str]) -> None:
     """What scripts/train.py does, with notes in `told`: a digest of the frozen weights, and memory as it goes."""
     began = time.time()
-    import torch
-
     from minitune import build, errors, optim, train
     from minitune.config import load_config
     from minitune.log import RunLog
@@ -119,8 +120,6 @@ def frozen(model: Any) -> list[Any]:
 
 def fold(model: Any) -> str:
     """A number from every bit of the frozen weights and its place: sums of integers, the same in any order."""
-    import torch
-
     total, piece = 0, 2**24
     for number, parameter in enumerate(frozen(model)):
         flat = parameter.detach().contiguous().view(-1).view(torch.uint8)
@@ -146,11 +145,13 @@ class Bench:
     def __init__(self, folder: Path, recipe: Path) -> None:
         self.folder, self.recipe = folder, recipe
 
-    def start(self, name: str, *overrides: str, forgetful: bool = False) -> subprocess.Popen:
+    def start(self, name: str, *overrides: str, beside: bool = False, forgetful: bool = False) -> subprocess.Popen:
         command = [sys.executable, __file__, WATCHED, str(self.told(name)), "forgetful" if forgetful else ""]
         command += [str(self.recipe), f"out={self.folder / name}", *overrides]
+        gpus = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+        gpu = gpus.split(",")[-1 if beside else 0]
         with open(self.folder / f"{name}.out", "a") as out:
-            return subprocess.Popen(command, stdout=out, stderr=out)
+            return subprocess.Popen(command, stdout=out, stderr=out, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
 
     def end(self, name: str, process: subprocess.Popen) -> None:
         if code := process.wait():
@@ -202,7 +203,7 @@ def start_and_wait(bench: Bench, draw: random.Random, in_save: bool) -> subproce
 
 def kill_again_and_again(bench: Bench, kills: int, until: float) -> list[Row]:
     """Kill a run `kills` times, half of them inside a save, and compare what it comes to with the straight run."""
-    straight = bench.start("straight")  # beside the others: what shares a GPU computes no other numbers
+    straight = bench.start("straight", beside=True)
     draw, done, inside = random.Random(0), 0, 0
     began = time.time()
     for number in range(kills):
@@ -216,7 +217,7 @@ def kill_again_and_again(bench: Bench, kills: int, until: float) -> list[Row]:
             break
         done += 1
     subprocess.run(["cp", "-r", bench.folder / "killed", bench.folder / "control"], check=True)
-    control = bench.start("control", forgetful=True)
+    control = bench.start("control", beside=True, forgetful=True)
     bench.end("killed", bench.start("killed"))
     bench.end("control", control)
     bench.end("straight", straight)
