@@ -95,6 +95,22 @@ def test_a_piece_that_reaches_over_a_space_is_seen(tokenizer: Tokenizer) -> None
     assert words_of(harmless).encode("a  q") == harmless.encode("a  q", add_special_tokens=False).ids
 
 
+def test_words_are_cut_where_no_piece_joins(tokenizer: Tokenizer) -> None:
+    """Digits, line ends and characters that are no piece; a vocabulary that has one of them in a longer piece is cut
+    elsewhere, and one that could merge the bytes of such a character is not cut at all."""
+    engine = tokenizer.continuation
+    plain, text = words_of(engine), "▁lamp2x\n\ny\u200bz"
+    assert plain.known.parts.findall(text) == ["▁lamp", "2", "x", "\n\n", "y", "\u200b", "z"]
+    for left, right, cut in (("x", "<0x0A>", [text]), ("p", "2", ["▁lamp2x", "\n\n", "y", "\u200b", "z"])):
+        other = with_piece(tokenizer, left, right)
+        words, expected = words_of(other), other.encode(text, add_special_tokens=False).ids
+        assert words.known.parts.findall(text) == cut
+        assert words.encode(text) == expected != engine.encode(text, add_special_tokens=False).ids
+        words.known.clear()
+        words.known.parts = plain.known.parts  # the mutant
+        assert words.encode(text) != expected
+
+
 @pytest.mark.parametrize(
     ("part", "change"),
     [
