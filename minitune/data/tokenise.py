@@ -127,7 +127,7 @@ def lay(documents: list[Document], columns: dict[str, np.ndarray], tokenizer: To
     ends = np.cumsum(lengths)
     total = int(lengths.sum())
     ids = np.fromiter(chain.from_iterable(document.ids for document in documents), np.uint32, total)
-    trained = np.fromiter(chain.from_iterable(document.trained for document in documents), np.bool_, total)
+    trained = np.frombuffer(b"".join(bytes(document.trained) for document in documents), np.bool_)
     marked = mark(ids, trained)
 
     starts = ends - lengths

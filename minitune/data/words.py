@@ -12,10 +12,13 @@ import re
 from collections.abc import Iterable
 from functools import lru_cache
 from itertools import chain
+from typing import Any
 
 from tokenizers import Tokenizer as Engine
 from tokenizers.models import BPE, Model
 from tokenizers.pre_tokenizers import Metaspace
+
+from minitune.tokenizer import Tokenizer
 
 SPACE = "▁"
 WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
@@ -26,12 +29,11 @@ LONGEST, MOST = 32, 1 << 16  # characters of a word that is kept, and kept words
 class Words:
     """An engine whose words do not depend on one another."""
 
-    def __init__(self, engine: Engine, begins_with_space: bool) -> None:
-        self.engine = engine
-        self.begins_with_space = begins_with_space  # one is put before a text that has none
+    def __init__(self, engine: Engine, known: "Known") -> None:
+        self.engine, self.known = engine, known
+        self.begins_with_space = engine.pre_tokenizer.prepend_scheme != "never"  # put before a text that has none
         added = [re.escape(token.content) for token in engine.get_added_tokens_decoder().values()]
         self.added = re.compile("|".join(added) or r"(?!)")
-        self.known = Known(engine.model, parts_of_words(engine.get_vocab(with_added_tokens=False)))
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, as the engine gives them."""
@@ -64,16 +66,22 @@ class Known(dict[str, list[int]]):
 
 
 @lru_cache(maxsize=4)
-def words_of(engine: Engine) -> Words | None:
-    """The engine by its words; None where one of them may depend on another, as far as its parts tell."""
-    spaces = engine.pre_tokenizer
-    plain = (
-        engine.normalizer is None
-        and isinstance(spaces, Metaspace)
-        and (spaces.replacement, spaces.split) == (SPACE, False)
-        and merges_words_alone(engine.model, engine.get_vocab(with_added_tokens=False))
-    )
-    return Words(engine, spaces.prepend_scheme != "never") if plain else None
+def words_of(tokenizer: Tokenizer) -> tuple[Words, Words] | None:
+    """A tokenizer's engine and its continuation by their words, which they have in common; None where one of them may
+    depend on another, as far as the engines' parts tell."""
+    engines = (tokenizer.engine, tokenizer.continuation)  # of one model
+    if not all(engine.normalizer is None and keeps_spaces(engine.pre_tokenizer) for engine in engines):
+        return None
+    model, vocab = tokenizer.engine.model, tokenizer.engine.get_vocab(with_added_tokens=False)
+    if not merges_words_alone(model, vocab):
+        return None
+    known = Known(model, parts_of_words(vocab))
+    return Words(tokenizer.engine, known), Words(tokenizer.continuation, known)
+
+
+def keeps_spaces(spaces: Any) -> bool:
+    """Whether a text's spaces become SPACE, perhaps with one more before it, and nothing else is done to it."""
+    return isinstance(spaces, Metaspace) and (spaces.replacement, spaces.split) == (SPACE, False)
 
 
 def merges_words_alone(model: Model, vocab: Iterable[str]) -> bool:
