@@ -9,6 +9,7 @@ import numpy as np
 
 from minitune.config import DataConfig
 from minitune.data.fates import Fate, Fates
+from minitune.data.readers import TWICE
 from minitune.data.store import Store
 from minitune.data.tokenise import BAD, CUT, HIDES_TOOLS, RAW, STOPS
 from minitune.errors import UserError
@@ -16,7 +17,8 @@ from minitune.errors import UserError
 SHOWN = 10  # of the rows that a message is about
 KINDS = 1000  # of reasons that are counted apart, as a file could give each row one of its own
 OTHERS = ""
-VARYING = re.compile(r"\d+|'[^']*'|\"[^\"]*\"|;.*", re.DOTALL)
+VARYING = re.compile(r"\d+|['\";].*", re.DOTALL)
+OWN_NAMES = re.compile(r"\b(arguments|tools)[.\[].*", re.DOTALL)  # below these a row has names of its own
 TOO_MANY = 0.05  # of the rows left out
 ANYWAY = 'if it is meant so, set data.checks = "warn"'
 Counts = dict[str, int | float]
@@ -139,10 +141,10 @@ def some_of_each_kind(store: Store, reasons: Iterator[tuple[int, str, str]]) -> 
     kinds: dict[str, Kind] = {}
     early: list[tuple[int, str]] = []  # the first of all
     count = 0
-    for count, (entry, _, reason) in enumerate(reasons, 1):
+    for count, (entry, key, reason) in enumerate(reasons, 1):
         if count <= SHOWN:
             early.append((entry, reason))
-        kind = kind_of(reason)
+        kind = kind_of(reason, key)
         if kind not in kinds and len(kinds) == KINDS:
             kind = OTHERS
         kinds.setdefault(kind, Kind((entry, reason))).count += 1
@@ -160,6 +162,10 @@ def some_of_each_kind(store: Store, reasons: Iterator[tuple[int, str, str]]) -> 
     return "\n".join(lines)
 
 
-def kind_of(reason: str) -> str:
-    """A reason without what differs from row to row: numbers, what is quoted, and what comes after a semicolon."""
-    return VARYING.sub("", reason[:200])
+def kind_of(reason: str, key: str = "") -> str:
+    """A reason without what differs from row to row: numbers, names of the row's own, and what comes after a quote or
+    a semicolon. A key given twice is one kind, whatever the key."""
+    if TWICE in reason:
+        return TWICE
+    place = OWN_NAMES.sub(r"\1", key)
+    return VARYING.sub("", f"{place}{reason.removeprefix(key)}"[:200])
