@@ -8,8 +8,9 @@ from itertools import islice
 import numpy as np
 
 from minitune.config import DataConfig
+from minitune.data.categories import NONE
 from minitune.data.fates import Fate, Fates
-from minitune.data.readers import TWICE
+from minitune.data.readers import TWICE, shown
 from minitune.data.store import Store
 from minitune.data.tokenise import BAD, CUT, HIDES_TOOLS, RAW, STOPS
 from minitune.errors import UserError
@@ -103,6 +104,9 @@ def trained_among(store: Store, used: np.ndarray, these: np.ndarray) -> int:
 
 
 def warnings(store: Store, fates: Fates, cfg: DataConfig, counts: Counts) -> Iterator[str]:
+    if len(store) == 0:
+        yield "data: the files hold no rows"
+        return
     doubted = list(doubts(store, fates, cfg, counts))
     yield from doubted
     if counts["skipped"] and not any("left out" in doubt for doubt in doubted):
@@ -110,7 +114,9 @@ def warnings(store: Store, fates: Fates, cfg: DataConfig, counts: Counts) -> Ite
     if counts["overlap"]:
         what = "not trained on" if cfg.deduplicate else "trained on all the same"
         yield f"{counts['overlap']} rows of data.train are in data.eval as well and are {what}"
-    if not cfg.eval and cfg.eval_fraction > 0 and not counts["eval_documents"]:
+    if cfg.category and store.categories == [NONE]:
+        yield f"data.category: no row has anything in a column {shown(cfg.category)}"
+    if not cfg.eval and cfg.eval_fraction > 0 and counts["train_documents"] and not counts["eval_documents"]:
         yield "no rows are held out, as all are the same"
     if (store.column("flags")[np.isin(fates.fate, (Fate.TRAIN, Fate.EVAL))] & HIDES_TOOLS).any():
         yield "some rows list tools, which the tokenizer's chat template does not show to the model"

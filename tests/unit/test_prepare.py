@@ -131,7 +131,7 @@ def test_a_row_may_make_hundreds_of_documents(jsonl, tokenizer):
         ("カ\u3099ラスについて", "カ\u3099ラ"),  # the same, its accent a mark of its own
         ("เขียนบทกวีเกี่ยวกับทะเล", "เขียน"),
         ("ខ្ញុំចង់ទៅសាលារៀន", "ខ្ញុំចង់"),
-        ("", ""),
+        ("", "(empty)"),
     ],
 )
 def test_rows_are_counted_by_their_first_words_in_any_script(jsonl, tokenizer, text, category):
@@ -144,6 +144,25 @@ def test_rows_in_chinese_fall_into_few_categories(tokenizer):
         pytest.skip("the data sets are not there")
     store = prepare(recipe(str(path), columns={}), tokenizer).store
     assert len(store.categories) < 400 < 990 < len({row["instruction"] for row in json.loads(path.read_text())})
+
+
+def test_values_of_a_category_column_are_named_as_json_writes_them(jsonl, tokenizer):
+    values = [None, True, 2.5, ["a", "模"], {"k": "\x1b"}, "", " \n", "null", 10**30]
+    rows = [{"instruction": f"{n}", "output": "y", "kind": value} for n, value in enumerate(values)]
+    names = ["(none)", "true", "2.5", '["a", "模"]', r'{"k": "\u001b"}', "(empty)", "null", str(10**30)]
+    got = prepare(recipe(jsonl(rows), category="kind"), tokenizer)
+    assert got.store.categories == names and not any("data.category" in warning for warning in got.warnings)
+    nothing = [{"instruction": "", "output": "y"}]
+    assert prepare(recipe(jsonl(nothing)), tokenizer).store.categories == ["(empty)"]
+    got = prepare(recipe(jsonl(rows), category="knid\x1b"), tokenizer)
+    assert r"data.category: no row has anything in a column knid\u{1b}" in got.warnings
+
+
+def test_of_no_rows_only_that_is_said(tmp_path, tokenizer):
+    for name, content in (("a.jsonl", "\n \n"), ("a.json", "[]"), ("a.txt", "")):
+        (tmp_path / name).write_text(content)
+        got = prepare(recipe(str(tmp_path / name)), tokenizer, refuse=False)
+        assert (got.warnings, got.counts["rows"]) == (["data: the files hold no rows"], 0)
 
 
 def test_a_category_may_hold_half_a_surrogate_pair(jsonl, tokenizer):
