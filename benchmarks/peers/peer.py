@@ -46,7 +46,13 @@ def main() -> None:
     def flatten(rows: list[dict]) -> dict:
         """Packed rows end to end, with the places where documents begin: flash attention then keeps them apart."""
         names = ("input_ids", "labels", "position_ids")
-        return {name: torch.tensor([row[name] for row in rows]).reshape(1, -1) for name in names}
+        batch = {name: torch.tensor([row[name] for row in rows]).reshape(1, -1) for name in names}
+        if case["system"] != "unsloth":  # said in numbers, as transformers' own collator does; flash-attn-4 wants it
+            ends = torch.cat([(batch["position_ids"][0] == 0).nonzero()[:, 0], torch.tensor([batch["labels"].numel()])])
+            longest = int(ends.diff().max())
+            batch |= {"cu_seq_lens_q": ends.int(), "cu_seq_lens_k": ends.int()}
+            batch |= {"max_length_q": longest, "max_length_k": longest}
+        return batch
 
     marks, losses = [], []
 

@@ -3,10 +3,11 @@
     python tests/gpu/survive.py FOLDER [--layers 32 --kills 10 --steps 40 --seconds 560]
     python tests/gpu/survive.py FOLDER --tiny                  # the same on a CPU, with a model of two layers
 
-A run is killed with SIGKILL, in turn between two saves and inside one, and started again, until it ends. It must come
-to the losses, gradient norms and adapter of a run that nothing happened to, and at each start, and at its end, hold the
-same bytes of frozen weights. The control goes on without the optimizer's memory, and must differ. Then a small model
-takes a thousand steps, evaluating and saving as it goes: neither the GPU's memory nor the host's may grow.
+A run is killed with SIGKILL, in turn at any moment and inside the save after the first of its try, and started again,
+until it ends. It must come to the losses, gradient norms and adapter of a run that nothing happened to, and at each
+start, and at its end, hold the same bytes of frozen weights. The control goes on without the optimizer's memory, and
+must differ. Before that (unless --long 0) a small model takes a thousand steps, evaluating and saving as it goes:
+neither the GPU's memory nor the host's may grow. With a FOLDER in memory (/dev/shm) the saves do not wait for a disk.
 
 Prints a table and, last, one line of JSON. When --seconds are nearly over no further kill is begun.
 """
@@ -25,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 WATCHED = "--watched"  # how this file starts itself again
 MOST_GROWTH = 1.0  # MB in a hundred steps
+SAVES = 2  # steps from one to the next
 COMPARED = ("step", "loss", "learning_rate", "grad_norm", "tokens", "eval_loss", "skipped")
 
 RECIPE = """
@@ -53,7 +55,7 @@ deterministic = true
 every_steps = 10
 early_stopping_patience = 0
 [save]
-every_steps = 3
+every_steps = {saves}
 keep_last = 2
 [log]
 every_steps = 1
@@ -74,6 +76,7 @@ class Row:
 
 def watched(told: Path, forgetful: bool, arguments: list[str]) -> None:
     """What scripts/train.py does, with notes in `told`: a digest of the frozen weights, and memory as it goes."""
+    began = time.time()
     import torch
 
     from minitune import build, errors, optim, train
@@ -82,7 +85,7 @@ def watched(told: Path, forgetful: bool, arguments: list[str]) -> None:
 
     def note(**facts: Any) -> None:
         with open(told, "a") as file:
-            file.write(json.dumps(facts) + "\n")
+            file.write(json.dumps(facts | {"seconds": round(time.time() - began, 1)}) + "\n")
 
     real_fill, real_tick = build.fill, RunLog.tick
     models, ticks = [], []
@@ -149,9 +152,8 @@ class Bench:
         with open(self.folder / f"{name}.out", "a") as out:
             return subprocess.Popen(command, stdout=out, stderr=out)
 
-    def run(self, name: str, *overrides: str, forgetful: bool = False) -> None:
-        code = self.start(name, *overrides, forgetful=forgetful).wait()
-        if code:
+    def end(self, name: str, process: subprocess.Popen) -> None:
+        if code := process.wait():
             raise SystemExit(f"{name} ended with {code}:\n{(self.folder / f'{name}.out').read_text()[-2000:]}")
 
     def told(self, name: str) -> Path:
@@ -172,41 +174,52 @@ class Bench:
         whole = path.read_text().split("\n")[:-1] if path.exists() else []
         return [{key: line[key] for key in COMPARED if key in line} for line in map(json.loads, whole)]
 
+    def checkpoints(self, name: str) -> set[str]:
+        return {path.name for path in (self.folder / name / "checkpoints").glob("step-*")}
+
+    def is_saving(self, name: str) -> bool:
+        return any((self.folder / name / "checkpoints").glob(".step-*.part"))
+
     def adapter(self, name: str) -> bytes:
         return (self.folder / name / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def kill_again_and_again(bench: Bench, kills: int, steps: int, until: float) -> list[Row]:
+def start_and_wait(bench: Bench, draw: random.Random, in_save: bool) -> subprocess.Popen:
+    """A try of the run that is to be killed now: some steps on, or in a save after one that it has finished."""
+    before, saved = bench.loaded("killed"), bench.checkpoints("killed")
+    process, steps = bench.start("killed"), draw.randint(1, SAVES + 1)
+
+    def far_enough() -> bool:
+        if in_save:
+            return bool(bench.checkpoints("killed") - saved) and bench.is_saving("killed")
+        return bench.loaded("killed") > before and bench.notes("killed")[-1].get("step", 0) >= steps
+
+    while process.poll() is None and not far_enough():
+        time.sleep(0.0005)
+    time.sleep(draw.uniform(0, 0.05 if in_save else 0.3))
+    return process
+
+
+def kill_again_and_again(bench: Bench, kills: int, until: float) -> list[Row]:
     """Kill a run `kills` times, half of them inside a save, and compare what it comes to with the straight run."""
-    bench.run("straight")
+    straight = bench.start("straight")  # beside the others: what shares a GPU computes no other numbers
     draw, done, inside = random.Random(0), 0, 0
     began = time.time()
     for number in range(kills):
         if time.time() + 3 * (time.time() - began) / max(1, done) > until and done:
             break  # what is left is needed for the last try and the control
-        before = bench.loaded("killed")
-        process = bench.start("killed")
-        enough = draw.randint(1, max(1, 3 * steps // (4 * kills)))  # steps, and up to three until a save
-        while process.poll() is None and (
-            bench.loaded("killed") == before or bench.notes("killed")[-1].get("step", 0) < enough
-        ):
-            time.sleep(0.01)
-        if number % 2:
-            parts = bench.folder / "killed" / "checkpoints"
-            while process.poll() is None and not list(parts.glob(".step-*.part")):
-                time.sleep(0.0005)
-            time.sleep(draw.uniform(0, 0.05))
-        else:
-            time.sleep(draw.uniform(0, 0.3))
-        inside += bool(list((bench.folder / "killed" / "checkpoints").glob(".step-*.part")))
+        process = start_and_wait(bench, draw, in_save=number % 2 == 1)
+        inside += bench.is_saving("killed")
         process.kill()
         if process.wait() == 0:
             print(f"kill {number + 1} came too late: the run was over", flush=True)
             break
         done += 1
     subprocess.run(["cp", "-r", bench.folder / "killed", bench.folder / "control"], check=True)
-    bench.run("killed")
-    bench.run("control", forgetful=True)
+    control = bench.start("control", forgetful=True)
+    bench.end("killed", bench.start("killed"))
+    bench.end("control", control)
+    bench.end("straight", straight)
 
     same = bench.lines("killed") == bench.lines("straight") and bench.adapter("killed") == bench.adapter("straight")
     digests = [note["frozen"] for name in ("straight", "killed") for note in bench.notes(name) if "frozen" in note]
@@ -223,7 +236,7 @@ def kill_again_and_again(bench: Bench, kills: int, steps: int, until: float) -> 
 
 def hold_memory(bench: Bench, steps: int) -> list[Row]:
     """Memory's slope over a long run of a small model, past its first fifth."""
-    bench.run("long", f"train.max_steps={steps}", "eval.every_steps=50", "save.every_steps=20")
+    bench.end("long", bench.start("long", f"train.max_steps={steps}", "eval.every_steps=50", "save.every_steps=20"))
     notes = [note for note in bench.notes("long") if note.get("step", 0) > steps / 5]
     rows = []
     for where in ("gpu", "host"):
@@ -249,7 +262,7 @@ def make_bench(folder: Path, size: str, layers: int, **recipe: Any) -> Bench:
     command = [sys.executable, str(ROOT / "benchmarks" / "shapes.py"), str(folder / "base"), "--size", size]
     subprocess.run([*command, "--layers", str(layers)], check=True)  # in a process that gives the GPU back
     write_full_rows(folder / "rows.jsonl", recipe["length"], 60)
-    text = RECIPE.format(base=folder / "base", rows=folder / "rows.jsonl", **recipe)
+    text = RECIPE.format(base=folder / "base", rows=folder / "rows.jsonl", saves=SAVES, **recipe)
     (folder / "recipe.toml").write_text(text)
     return Bench(folder, folder / "recipe.toml")
 
@@ -261,17 +274,19 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--long", type=int, default=1000, help="steps of the small model")
+    parser.add_argument("--long", type=int, default=1000, help="steps of the small model; 0: leave it out")
     parser.add_argument("--seconds", type=float, default=560)
     options = parser.parse_args()
     began = time.time()
     dtype = "float32" if options.tiny else "bfloat16"
-    small = make_bench(options.folder / "small", "tiny", 0, dtype=dtype, length=64, steps=10)
-    rows = hold_memory(small, options.long)
-    show(rows)
+    rows = []
+    if options.long:
+        small = make_bench(options.folder / "small", "tiny", 0, dtype=dtype, length=64, steps=10)
+        rows += hold_memory(small, options.long)
+        show(rows)
     size, layers, length = ("tiny", 0, 64) if options.tiny else ("8b", options.layers, 1024)
     large = make_bench(options.folder / "large", size, layers, dtype=dtype, length=length, steps=options.steps)
-    more = kill_again_and_again(large, options.kills, options.steps, began + options.seconds)
+    more = kill_again_and_again(large, options.kills, began + options.seconds)
     show(more)
     rows += more
     seconds = round(time.time() - began, 1)
