@@ -96,6 +96,22 @@ def test_processes_make_what_one_makes(
     assert len(list(together.reasons())) == 2
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_many_parts_have_a_progress_bar_on_a_terminal(
+    rows: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal: bool,
+) -> None:
+    for size in ("SMALLEST", "CHUNK", "WORTH_A_PROCESS"):
+        monkeypatch.setattr(store, size, 4000)
+    monkeypatch.setattr(store, "cores", lambda: 2)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    prepare(recipe(rows), tokenizer)
+    assert ("tokenising: 100%" in capsys.readouterr().err) == terminal
+
+
 def test_a_tokenizer_arrives_whole(tokenizer: Tokenizer) -> None:
     again = restored(json.loads(json.dumps(stated(tokenizer))))
     assert stated(again) == stated(tokenizer)
