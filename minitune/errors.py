@@ -46,6 +46,11 @@ def run(main: Callable[[list[str]], None]) -> None:
 def end(error: BaseException, message: str, code: int) -> None:
     """Say `message` on stderr, unless another process of the run has said the same (`said`), and exit."""
     if not getattr(error, "said", False):
-        lines = [line if len(line) <= LINE else f"{line[:LINE]}..." for line in message.split("\n")]
+        lines = [obeyed_by_nobody(line if len(line) <= LINE else f"{line[:LINE]}...") for line in message.split("\n")]
         print(secrets.hidden("\n".join(lines)), file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def obeyed_by_nobody(line: str) -> str:
+    """A line in which what a terminal would obey, or nobody would see, is written out as its code point."""
+    return "".join(c if c.isprintable() or c in "\t\xa0\u3000" else f"\\u{{{ord(c):x}}}" for c in line)

@@ -1,11 +1,14 @@
 """What a row is counted under, for a person to see what a file is made of."""
 
+import json
 import re
 import unicodedata
 from typing import Any
 
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text
 from minitune.data.readers import Row
+
+NONE, EMPTY = "(none)", "(empty)"
 
 # Scripts that put no spaces between words, and about how many of their letters make one:
 CHINESE_AND_JAPANESE, TWO = (
@@ -24,9 +27,16 @@ WORD = re.compile(
 def category_of(row: Row, example: Example, column: str) -> str:
     """What a row is counted under: the value of a column of its own, else how it begins."""
     if column:
-        value: Any = row.get(column)
-        return str(value)[:60].encode(errors="backslashreplace").decode() if value is not None else "(none)"
-    return first_words(beginning(example)[:200]).lower()[:60]
+        return value_in_words(row.get(column))
+    return first_words(beginning(example)[:200]).lower()[:60] or EMPTY
+
+
+def value_in_words(value: Any) -> str:
+    """A value of a column, as JSON writes it where it is no text."""
+    if value is None:
+        return NONE
+    written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return written[:60].encode(errors="backslashreplace").decode() if written.strip() else EMPTY
 
 
 def first_words(text: str) -> str:

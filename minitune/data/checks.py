@@ -8,7 +8,9 @@ from itertools import islice
 import numpy as np
 
 from minitune.config import DataConfig
+from minitune.data.categories import NONE
 from minitune.data.fates import Fate, Fates
+from minitune.data.readers import TWICE, shown
 from minitune.data.store import Store
 from minitune.data.tokenise import BAD, CUT, HIDES_TOOLS, RAW, STOPS
 from minitune.errors import UserError
@@ -16,7 +18,8 @@ from minitune.errors import UserError
 SHOWN = 10  # of the rows that a message is about
 KINDS = 1000  # of reasons that are counted apart, as a file could give each row one of its own
 OTHERS = ""
-VARYING = re.compile(r"\d+|'[^']*'|\"[^\"]*\"|;.*", re.DOTALL)
+VARYING = re.compile(r"\d+|['\";].*", re.DOTALL)
+OWN_NAMES = re.compile(r"\b(arguments|tools)[.\[].*", re.DOTALL)  # below these a row has names of its own
 TOO_MANY = 0.05  # of the rows left out
 ANYWAY = 'if it is meant so, set data.checks = "warn"'
 Counts = dict[str, int | float]
@@ -101,6 +104,9 @@ def trained_among(store: Store, used: np.ndarray, these: np.ndarray) -> int:
 
 
 def warnings(store: Store, fates: Fates, cfg: DataConfig, counts: Counts) -> Iterator[str]:
+    if len(store) == 0:
+        yield "data: the files hold no rows"
+        return
     doubted = list(doubts(store, fates, cfg, counts))
     yield from doubted
     if counts["skipped"] and not any("left out" in doubt for doubt in doubted):
@@ -108,7 +114,9 @@ def warnings(store: Store, fates: Fates, cfg: DataConfig, counts: Counts) -> Ite
     if counts["overlap"]:
         what = "not trained on" if cfg.deduplicate else "trained on all the same"
         yield f"{counts['overlap']} rows of data.train are in data.eval as well and are {what}"
-    if not cfg.eval and cfg.eval_fraction > 0 and not counts["eval_documents"]:
+    if cfg.category and store.categories == [NONE]:
+        yield f"data.category: no row has anything in a column {shown(cfg.category)}"
+    if not cfg.eval and cfg.eval_fraction > 0 and counts["train_documents"] and not counts["eval_documents"]:
         yield "no rows are held out, as all are the same"
     if (store.column("flags")[np.isin(fates.fate, (Fate.TRAIN, Fate.EVAL))] & HIDES_TOOLS).any():
         yield "some rows list tools, which the tokenizer's chat template does not show to the model"
@@ -139,10 +147,10 @@ def some_of_each_kind(store: Store, reasons: Iterator[tuple[int, str, str]]) -> 
     kinds: dict[str, Kind] = {}
     early: list[tuple[int, str]] = []  # the first of all
     count = 0
-    for count, (entry, _, reason) in enumerate(reasons, 1):
+    for count, (entry, key, reason) in enumerate(reasons, 1):
         if count <= SHOWN:
             early.append((entry, reason))
-        kind = kind_of(reason)
+        kind = kind_of(reason, key)
         if kind not in kinds and len(kinds) == KINDS:
             kind = OTHERS
         kinds.setdefault(kind, Kind((entry, reason))).count += 1
@@ -160,6 +168,10 @@ def some_of_each_kind(store: Store, reasons: Iterator[tuple[int, str, str]]) -> 
     return "\n".join(lines)
 
 
-def kind_of(reason: str) -> str:
-    """A reason without what differs from row to row: numbers, what is quoted, and what comes after a semicolon."""
-    return VARYING.sub("", reason[:200])
+def kind_of(reason: str, key: str = "") -> str:
+    """A reason without what differs from row to row: numbers, names of the row's own, and what comes after a quote or
+    a semicolon. A key given twice is one kind, whatever the key."""
+    if TWICE in reason:
+        return TWICE
+    place = OWN_NAMES.sub(r"\1", key)
+    return VARYING.sub("", f"{place}{reason.removeprefix(key)}"[:200])

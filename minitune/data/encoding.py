@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from tokenizers import Encoding
-from tokenizers import Tokenizer as Engine
 
 from minitune.data.words import words_of
 from minitune.tokenizer import Tokenizer
@@ -82,8 +81,8 @@ def encoded_pieces(drafts: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> l
     So a prompt has the ids that it has alone, and an answer those of a continuation, whatever the two would merge to.
     """
     drafts = [[piece for piece in draft if piece.text or piece.ends] for draft in drafts]
-    first = encode_all(tokenizer.engine, [draft[0].text for draft in drafts if draft])
-    others = encode_all(tokenizer.continuation, [piece.text for draft in drafts for piece in draft[1:]])
+    first = encode_all([draft[0].text for draft in drafts if draft], tokenizer)
+    others = encode_all([piece.text for draft in drafts for piece in draft[1:]], tokenizer, continuing=True)
     firsts, others = iter(first), iter(others)
     documents = []
     for draft in drafts:
@@ -98,9 +97,11 @@ def encoded_pieces(drafts: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> l
     return documents
 
 
-def encode_all(engine: Engine, texts: list[str]) -> list[list[int]]:
-    if words := words_of(engine):
-        return [words.encode(text) for text in texts]
+def encode_all(texts: list[str], tokenizer: Tokenizer, continuing: bool = False) -> list[list[int]]:
+    """The ids of each text, as the beginning of one or as what goes on after another."""
+    if words := words_of(tokenizer):
+        return [words[continuing].encode(text) for text in texts]
+    engine = tokenizer.continuation if continuing else tokenizer.engine
     return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
 
@@ -143,7 +144,7 @@ def encoded_scripts(scripts: Sequence[Script], tokenizer: Tokenizer) -> list[lis
         for script, whole in zip(scripts, wholes, strict=True)
         for answer in script.answers
     ]
-    alone = encode_all(tokenizer.engine, [text for text, _ in prompts])
+    alone = encode_all([text for text, _ in prompts], tokenizer)
     as_asked = iter([ids == expected for ids, (_, expected) in zip(alone, prompts, strict=True)])
     documents = []
     for script, whole in zip(scripts, wholes, strict=True):

@@ -4,14 +4,14 @@ A row is read by the columns it has. One that cannot be read whole is not lost, 
 a `BadRow` that says where it stands, at which key, and why.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from minitune.data.conversations import conversational, messages, sharegpt
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text
 from minitune.data.fields import filled, optional, text
-from minitune.data.readers import Row, RowError, kind, rows
+from minitune.data.readers import Row, RowError, kind, rows, shown
 from minitune.errors import UserError
 
 TINY = Path(__file__).parents[1] / "tiny" / "train.jsonl"
@@ -22,6 +22,7 @@ NEEDED = {  # the columns of each format, from the most to the least particular
     "prompt_completion": {"prompt", "completion"},
     "text": {"text"},
 }
+LISTED = 20  # names in a message
 COLUMNS = sorted({"input", "system", "history", "tools"}.union(*NEEDED.values()))
 
 
@@ -133,8 +134,11 @@ def detect(path: Path, row: Row) -> str:
     )
 
 
-def listed(names: object) -> str:
-    return ", ".join(map(str, names))
+def listed(names: Iterable[object]) -> str:
+    """Some names, as a message shows them."""
+    names = list(names)
+    more = [f"and {len(names) - LISTED:,} more"] * (len(names) > LISTED)
+    return ", ".join([*(shown(str(name)) for name in names[:LISTED]), *more])
 
 
 # ---- rows -> examples ----------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 This is the part that many processes do at once; nothing here imports torch.
 """
 
+import gc
 import hashlib
 import unicodedata
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
@@ -68,6 +70,24 @@ class Portion:
 
 def tokenise(task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> Portion:
     """Read, check and tokenise the rows of a chunk."""
+    with uncollected():
+        return portion_of(task, cfg, tokenizer)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Within the block Python looks for no cycles among objects: a chunk makes lists by the hundred thousand and no
+    cycles, and looking through them again and again takes a sixth of the time."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
+
+
+def portion_of(task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> Portion:
     entries: list[dict[str, int]] = []
     kept: list[Document] = []  # of each entry; nothing, where it gives no tokens
     categories: dict[str, int] = {}
@@ -107,7 +127,7 @@ def lay(documents: list[Document], columns: dict[str, np.ndarray], tokenizer: To
     ends = np.cumsum(lengths)
     total = int(lengths.sum())
     ids = np.fromiter(chain.from_iterable(document.ids for document in documents), np.uint32, total)
-    trained = np.fromiter(chain.from_iterable(document.trained for document in documents), np.bool_, total)
+    trained = np.frombuffer(b"".join(bytes(document.trained) for document in documents), np.bool_)
     marked = mark(ids, trained)
 
     starts = ends - lengths

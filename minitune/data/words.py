@@ -3,30 +3,37 @@
 The BPE of a sentencepiece model such as Llama 2's merges over a text as a whole. But a merge joins neighbours into a
 piece of the vocabulary, and where no piece holds "▁", which stands for a space, after another character, none joins
 what is before a space to the space. So the ids of a text are those of its words, whatever stands around them, and a
-word that has been met before need not be merged again: most of a text is such words.
+word that has been met before need not be merged again: most of a text is such words. A new word is cut once more,
+around the characters that no piece has beside others (in Llama 2's vocabulary such as digits and line ends): the parts
+that are left of it have mostly been met.
 """
 
-import json
 import re
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 from tokenizers import Tokenizer as Engine
+from tokenizers.models import BPE, Model
+from tokenizers.pre_tokenizers import Metaspace
+
+from minitune.tokenizer import Tokenizer
 
 SPACE = "▁"
 WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a piece that stands for one byte of a character that is no piece
 LONGEST, MOST = 32, 1 << 16  # characters of a word that is kept, and kept words: 100 MB of the worst
 
 
 class Words:
     """An engine whose words do not depend on one another."""
 
-    def __init__(self, engine: Engine, begins_with_space: bool) -> None:
-        self.engine, self.model = engine, engine.model
-        self.begins_with_space = begins_with_space  # one is put before a text that has none
+    def __init__(self, engine: Engine, known: "Known") -> None:
+        self.engine, self.known = engine, known
+        self.begins_with_space = engine.pre_tokenizer.prepend_scheme != "never"  # put before a text that has none
         added = [re.escape(token.content) for token in engine.get_added_tokens_decoder().values()]
         self.added = re.compile("|".join(added) or r"(?!)")
-        self.known: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, as the engine gives them."""
@@ -35,41 +42,62 @@ class Words:
         text = text.replace(" ", SPACE)
         if text and self.begins_with_space and not text.startswith(SPACE):
             text = SPACE + text
-        ids: list[int] = []
-        known = self.known
-        for word in WORD.findall(text):
-            ids += known[word] if word in known else self.look_up(word)
-        return ids
+        return list(chain.from_iterable(map(self.known.__getitem__, WORD.findall(text))))
 
-    def look_up(self, word: str) -> list[int]:
-        ids = [token.id for token in self.model.tokenize(word)]
+
+class Known(dict[str, list[int]]):
+    """Words and parts of words -> ids. One that is not there is looked up."""
+
+    def __init__(self, model: Model, parts: re.Pattern[str]) -> None:
+        super().__init__()
+        self.model, self.parts = model, parts
+
+    def __missing__(self, word: str) -> list[int]:
+        parts = self.parts.findall(word)
+        if len(parts) > 1:
+            ids = list(chain.from_iterable(map(self.__getitem__, parts)))
+        else:
+            ids = [token.id for token in self.model.tokenize(word)]
         if len(word) <= LONGEST:
-            if len(self.known) == MOST:
-                self.known.clear()
-            self.known[word] = ids
+            if len(self) >= MOST:
+                self.clear()
+            self[word] = ids
         return ids
 
 
 @lru_cache(maxsize=4)
-def words_of(engine: Engine) -> Words | None:
-    """The engine by its words; None where one of them may depend on another, as far as its description tells."""
-    state = json.loads(engine.to_str())
-    spaces = state["pre_tokenizer"] or {}
-    plain = (
-        state["normalizer"] is None
-        and spaces.get("type") == "Metaspace"
-        and (spaces.get("replacement"), spaces.get("split")) == (SPACE, False)
-        and merges_words_alone(state["model"])
-    )
-    return Words(engine, spaces["prepend_scheme"] != "never") if plain else None
+def words_of(tokenizer: Tokenizer) -> tuple[Words, Words] | None:
+    """A tokenizer's engine and its continuation by their words, which they have in common; None where one of them may
+    depend on another, as far as the engines' parts tell."""
+    engines = (tokenizer.engine, tokenizer.continuation)  # of one model
+    if not all(engine.normalizer is None and keeps_spaces(engine.pre_tokenizer) for engine in engines):
+        return None
+    model, vocab = tokenizer.engine.model, tokenizer.engine.get_vocab(with_added_tokens=False)
+    if not merges_words_alone(model, vocab):
+        return None
+    known = Known(model, parts_of_words(vocab))
+    return Words(tokenizer.engine, known), Words(tokenizer.continuation, known)
 
 
-def merges_words_alone(model: dict[str, Any]) -> bool:
+def keeps_spaces(spaces: Any) -> bool:
+    """Whether a text's spaces become SPACE, perhaps with one more before it, and nothing else is done to it."""
+    return isinstance(spaces, Metaspace) and (spaces.replacement, spaces.split) == (SPACE, False)
+
+
+def merges_words_alone(model: Model, vocab: Iterable[str]) -> bool:
     """Whether what a BPE model makes of a word follows from the word."""
-    if model["type"] != "BPE" or model["dropout"] or not model["byte_fallback"] or model["ignore_merges"]:
+    if not isinstance(model, BPE) or model.dropout or not model.byte_fallback or model.ignore_merges:
         return False
-    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+    if model.continuing_subword_prefix or model.end_of_word_suffix:
         return False
-    vocab = model["vocab"]
     known = all(f"<0x{byte:02X}>" in vocab for byte in range(256))  # else unknown characters would be fused
     return known and not any(SPACE in piece.lstrip(SPACE) for piece in vocab)
+
+
+def parts_of_words(vocab: Iterable[str]) -> re.Pattern[str]:
+    """What a word can be cut into: characters that some piece has beside others, and those that none has."""
+    longer = [piece for piece in vocab if len(piece) > 1 and not BYTE.fullmatch(piece)]
+    if any(map(BYTE.search, longer)):  # then a character that is no piece could be merged, too
+        return re.compile(".+", re.DOTALL)
+    joined = "".join(map(re.escape, sorted(set("".join(longer)) - {SPACE})))
+    return re.compile(f"{SPACE}*[{joined}]+|{SPACE}+|[^{SPACE}{joined}]+") if joined else WORD

@@ -31,6 +31,7 @@ from minitune.errors import RunFailed, UserError
 from minitune.tokenizer import Tokenizer
 
 MOST = 32  # processes
+FEW = 4  # up to so many, this process is one of them; what more of them send takes its time
 ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -40,13 +41,20 @@ def cores() -> int:
 
 
 def tokenised(tasks: Iterable[Task], cfg: DataConfig, tokenizer: Tokenizer, processes: int) -> Iterator[Portion]:
-    """The portion of each task, in order; with one process it is this one."""
-    if processes == 1:
-        yield from (tokenise(task, cfg, tokenizer) for task in tasks)
+    """The portion of each task, in order. Of few processes this is one: it is at work while the others start."""
+    processes = min(processes, MOST)
+    here = [Here(cfg, tokenizer)] if processes <= FEW else []
+    workers = [Worker(cfg, tokenizer) for _ in range(processes - len(here))]
+    if not workers:
+        yield from map(here[0].portion, tasks)
         return
-    workers = [Worker(cfg, tokenizer) for _ in range(min(processes, MOST))]
-    idle = deque(workers)
-    threads = ThreadPoolExecutor(len(workers))  # each waits for a worker; at most so many tasks are under way
+    yield from shared_out(tasks, here, workers)
+
+
+def shared_out(tasks: Iterable[Task], here: list["Here"], workers: list["Worker"]) -> Iterator[Portion]:
+    everyone = [*here, *workers]
+    idle = deque(everyone)
+    threads = ThreadPoolExecutor(len(everyone))  # each waits for a worker; at most so many tasks are under way
 
     def portion(task: Task) -> Portion:
         worker = idle.popleft()
@@ -59,7 +67,7 @@ def tokenised(tasks: Iterable[Task], cfg: DataConfig, tokenizer: Tokenizer, proc
     try:
         for task in tasks:
             under_way.append(threads.submit(portion, task))
-            if len(under_way) == 2 * len(workers):
+            if len(under_way) == 2 * len(everyone):
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
@@ -67,6 +75,16 @@ def tokenised(tasks: Iterable[Task], cfg: DataConfig, tokenizer: Tokenizer, proc
         for worker in workers:
             worker.end()
         threads.shutdown(cancel_futures=True)
+
+
+class Here:
+    """This process, as one that tokenises."""
+
+    def __init__(self, cfg: DataConfig, tokenizer: Tokenizer) -> None:
+        self.cfg, self.tokenizer = cfg, tokenizer
+
+    def portion(self, task: Task) -> Portion:
+        return tokenise(task, self.cfg, self.tokenizer)
 
 
 class Worker:

@@ -15,6 +15,7 @@ from minitune.preview import Found, Preview, Shown, Stretch, Twins
 TRAINED, BOLD, DIM, PLAIN = "\x1b[30;42m", "\x1b[1m", "\x1b[2m", "\x1b[0m"
 OPEN, CLOSE = "\u27e6", "\u27e7"  # white square brackets
 BAR = 32  # characters of the longest bar
+NO_WIDTH = ("Mn", "Me", "Cf")  # marks on other characters, and joiners
 EXCERPT = 100
 LONGEST = 800  # characters of a stretch
 LEARNED = 300  # characters of what a row learns
@@ -155,7 +156,8 @@ def middle_left_out(text: str) -> str:
 def width(text: str) -> int:
     """The columns that a text takes on a terminal."""
     return sum(
-        0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in ("W", "F")) for one in text
+        0 if unicodedata.category(one) in NO_WIDTH else 1 + (unicodedata.east_asian_width(one) in ("W", "F"))
+        for one in text
     )
 
 

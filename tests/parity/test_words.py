@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Engine
 
-from minitune.data.words import MOST, Words, words_of
+from minitune.data.words import MOST, WORD, Known, Words, words_of
 from minitune.pretrained import TINY
 from minitune.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,9 +29,15 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def both(tokenizer: Tokenizer) -> list[tuple[Engine, Words]]:
-    found = [(engine, words_of(engine)) for engine in (tokenizer.engine, tokenizer.continuation)]
-    assert all(words for _, words in found)
-    return found
+    found = words_of(tokenizer)
+    assert found
+    return list(zip((tokenizer.engine, tokenizer.continuation), found, strict=True))
+
+
+def alone(engine: Engine) -> Words | None:
+    """The words of a tokenizer that has this engine alone."""
+    found = words_of(replace(load_tokenizer(TINY), engine=engine, continuation=engine))
+    return found and found[1]
 
 
 PIECES = [
@@ -88,11 +95,27 @@ def test_a_piece_that_reaches_over_a_space_is_seen(tokenizer: Tokenizer) -> None
     """It makes words depend on one another: the engine is not taken by its words, and would give other ids if it
     were."""
     other = with_piece(tokenizer, "e", "▁")
-    assert words_of(other) is None
+    assert alone(other) is None
     text = "the lamp"
-    assert Words(other, False).encode(text) != other.encode(text, add_special_tokens=False).ids
+    assert Words(other, Known(other.model, WORD)).encode(text) != other.encode(text, add_special_tokens=False).ids
     harmless = with_piece(tokenizer, "▁▁", "q")
-    assert words_of(harmless).encode("a  q") == harmless.encode("a  q", add_special_tokens=False).ids
+    assert alone(harmless).encode("a  q") == harmless.encode("a  q", add_special_tokens=False).ids
+
+
+def test_words_are_cut_where_no_piece_joins(tokenizer: Tokenizer) -> None:
+    """Digits, line ends and characters that are no piece; a vocabulary that has one of them in a longer piece is cut
+    elsewhere, and one that could merge the bytes of such a character is not cut at all."""
+    engine = tokenizer.continuation
+    plain, text = alone(engine), "▁lamp2x\n\ny\u200bz"
+    assert plain.known.parts.findall(text) == ["▁lamp", "2", "x", "\n\n", "y", "\u200b", "z"]
+    for left, right, cut in (("x", "<0x0A>", [text]), ("p", "2", ["▁lamp2x", "\n\n", "y", "\u200b", "z"])):
+        other = with_piece(tokenizer, left, right)
+        words, expected = alone(other), other.encode(text, add_special_tokens=False).ids
+        assert words.known.parts.findall(text) == cut
+        assert words.encode(text) == expected != engine.encode(text, add_special_tokens=False).ids
+        words.known.clear()
+        words.known.parts = plain.known.parts  # the mutant
+        assert words.encode(text) != expected
 
 
 @pytest.mark.parametrize(
@@ -108,5 +131,5 @@ def test_a_piece_that_reaches_over_a_space_is_seen(tokenizer: Tokenizer) -> None
 def test_other_engines_are_left_whole(tokenizer: Tokenizer, part: str, change: dict[str, object]) -> None:
     state = json.loads(tokenizer.engine.to_str())
     state[part] = (state[part] | change) if part == "model" else change
-    assert words_of(Engine.from_str(json.dumps(state))) is None
-    assert words_of(load_tokenizer(TINY).engine) is None
+    assert alone(Engine.from_str(json.dumps(state))) is None
+    assert words_of(load_tokenizer(TINY)) is None

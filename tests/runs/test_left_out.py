@@ -68,11 +68,16 @@ def test_bad_rows_are_an_error_that_names_them(ten_thousand: Any, small_base: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_rows_that_are_skipped_are_all_written_down(ten_thousand: Any, small_base: Path, tmp_path: Path) -> None:
+def test_bad_rows_that_are_skipped_are_all_written_down(
+    ten_thousand: Any, small_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path, bad = ten_thousand
     facts = train(load_config(recipe(path, small_base, tmp_path / "run", "data.bad_rows=skip")))["data"]
     assert (facts["rows"], facts["skipped"]) == (ROWS, BAD)
     assert facts["train_documents"] + facts["eval_documents"] == ROWS - BAD
+    said = capsys.readouterr().out  # the checks of the preview, short
+    assert "100 of 10000 rows cannot be used and are skipped" in said and f"{path}:" in said
+    assert ", as the model meets it: after " in said
     rows = [json.loads(line) for line in (tmp_path / "run" / "left_out.jsonl").read_text().splitlines()]
     assert [row["line"] for row in rows] == bad
     assert {(row["file"], row["fate"]) for row in rows} == {(str(path), "bad")}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import string
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +18,11 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from minitune import data
 from minitune.config import DataConfig
-from minitune.data import Prepared, prepare
+from minitune.data import Prepared, checks, prepare
 from minitune.data.corpus import Corpus
 from minitune.data.fates import firsts, held_out, repeated
 from minitune.data.formats import Instruction, Text
+from minitune.data.readers import TWICE
 from minitune.data.tokenise import content_hash
 from minitune.errors import UserError
 from minitune.tokenizer import Tokenizer, load_tokenizer
@@ -129,7 +131,7 @@ def test_a_row_may_make_hundreds_of_documents(jsonl, tokenizer):
         ("カ\u3099ラスについて", "カ\u3099ラ"),  # the same, its accent a mark of its own
         ("เขียนบทกวีเกี่ยวกับทะเล", "เขียน"),
         ("ខ្ញុំចង់ទៅសាលារៀន", "ខ្ញុំចង់"),
-        ("", ""),
+        ("", "(empty)"),
     ],
 )
 def test_rows_are_counted_by_their_first_words_in_any_script(jsonl, tokenizer, text, category):
@@ -142,6 +144,25 @@ def test_rows_in_chinese_fall_into_few_categories(tokenizer):
         pytest.skip("the data sets are not there")
     store = prepare(recipe(str(path), columns={}), tokenizer).store
     assert len(store.categories) < 400 < 990 < len({row["instruction"] for row in json.loads(path.read_text())})
+
+
+def test_values_of_a_category_column_are_named_as_json_writes_them(jsonl, tokenizer):
+    values = [None, True, 2.5, ["a", "模"], {"k": "\x1b"}, "", " \n", "null", 10**30]
+    rows = [{"instruction": f"{n}", "output": "y", "kind": value} for n, value in enumerate(values)]
+    names = ["(none)", "true", "2.5", '["a", "模"]', r'{"k": "\u001b"}', "(empty)", "null", str(10**30)]
+    got = prepare(recipe(jsonl(rows), category="kind"), tokenizer)
+    assert got.store.categories == names and not any("data.category" in warning for warning in got.warnings)
+    nothing = [{"instruction": "", "output": "y"}]
+    assert prepare(recipe(jsonl(nothing)), tokenizer).store.categories == ["(empty)"]
+    got = prepare(recipe(jsonl(rows), category="knid\x1b"), tokenizer)
+    assert r"data.category: no row has anything in a column knid\u{1b}" in got.warnings
+
+
+def test_of_no_rows_only_that_is_said(tmp_path, tokenizer):
+    for name, content in (("a.jsonl", "\n \n"), ("a.json", "[]"), ("a.txt", "")):
+        (tmp_path / name).write_text(content)
+        got = prepare(recipe(str(tmp_path / name)), tokenizer, refuse=False)
+        assert (got.warnings, got.counts["rows"]) == (["data: the files hold no rows"], 0)
 
 
 def test_a_category_may_hold_half_a_surrogate_pair(jsonl, tokenizer):
@@ -437,6 +458,27 @@ def test_of_many_reasons_the_first_are_shown_and_the_rest_counted(jsonl, tokeniz
     for number, letter, line in zip(range(32, 41), "abcdefghi", listed[1:], strict=True):
         assert line.startswith(f"  {train}:{number}: messages[0].key_{letter} ") and "such rows" not in line
     assert rest == "  and 33 more, 3 other reasons among them"
+
+
+def test_keys_given_twice_are_one_kind_of_bad_row(tmp_path, tokenizer, monkeypatch):
+    """However many there are, the other kind is shown among the ten."""
+    good = ['{"instruction": "?", "output": "y"}'] * 3
+    keys = [f"{letter}\\u001b[2J{letter * 9000}" for letter in string.ascii_lowercase]
+    doubled = [f'{{"instruction": "?", "output": "y", "more": {{"{key}": 1, "{key}": 2}}}}' for key in keys]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join([*good, *doubled, '{"instruction": "?", "output": null}']) + "\n")
+
+    def listed() -> list[str]:
+        with pytest.raises(UserError) as error:
+            prepare(recipe(str(path)), tokenizer)
+        return str(error.value).split("\n")[1:]
+
+    lines = listed()
+    assert lines[0].startswith(f"  {path}:4: more.a\\u{{1b}}[2Jaaa") and lines[0].endswith(f"{TWICE} (26 such rows)")
+    assert lines[-2:] == [f"  {path}:30: output is null", "  and 17 more"]
+    assert all(line.isprintable() and len(line) < 400 for line in lines)
+    monkeypatch.setattr(checks, "TWICE", "no reason")  # the mutant
+    assert not any("output is null" in line for line in listed())
 
 
 def test_missing_files_are_named_together(jsonl, tokenizer):

@@ -387,6 +387,11 @@ def test_whoever_reads_may_stop_reading() -> None:
         assert (process.wait(60) > 0) == ended and ("BrokenPipeError" in errors) == ended
 
 
+def test_marks_and_joiners_take_no_column() -> None:
+    for text, columns in (("สวัสดี", 4), ("e\u0301", 1), ("👨\u200d👩", 4), ("模型", 4), ("שלום", 4)):
+        assert terminal.width(text) == columns
+
+
 def test_columns_of_a_terminal_are_counted_by_width() -> None:
     writer = terminal.Writer(colour=False)
     for text in ("plain", "中文字符", "e\u0301a", "much longer than there is room for", "中文字符" * 9):

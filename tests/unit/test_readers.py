@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minitune.data import sources
-from minitune.data.readers import RowError, chunks, origin, row_at, rows, rows_of
+from minitune.data.looks import visible
+from minitune.data.readers import TWICE, RowError, chunks, origin, row_at, rows, rows_of
 from minitune.data.sources import find
 from minitune.errors import UserError
 
@@ -121,8 +122,30 @@ def test_a_key_that_stands_twice_is_named(tmp_path, pairs, suffix, inside):
     if twice is None:
         assert row == json.loads(written)
     else:
-        assert (row.key, row.reason) == (twice, "is given twice in one object")
+        place = "a[1]." if inside else ""
+        assert (row.key, row.reason) == (place + visible(twice), "is given twice in one object")
         assert isinstance(json.loads(written), dict)
+
+
+@pytest.mark.parametrize(
+    ("written", "key"),
+    [
+        ('{"messages": [{"content": "?"}, {"content": "a", "role": "b", "content": "c"}]}', "messages[1].content"),
+        ('{"a": {"b": [[], [{"c": {"d": 1, "d": 2}}]]}, "a": 3}', "a.b[1][0].c.d"),
+        ('{"a": [{"b": 1}], "c": {"a": [], "b": 1}, "c": 1}', "c"),
+        (r'{"\u001b[2J\u001b]0;x\u0007": 1, "\u001b[2J\u001b]0;x\u0007": 2}', r"\u{1b}[2J\u{1b}]0;x\u{7}"),
+        (r'{"a": {"\n\t\u202e\ud800": 1, "\n\t\u202e\ud800": 2}}', r"a.\n\t\u{202e}\u{d800}"),
+        ('{"' + "k" * 10_000 + '": {"z": 1, "z": 2}}', "k" * 77 + "..." + "k" * 38 + ".z"),
+        ('{"a": ' * 300 + '{"z": 1, "z": 2}' + "}" * 300, ("a." * 39)[:77] + "..." + ".a" * 19 + ".z"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named_by_its_path(tmp_path, written, key):
+    """Cut and escaped: a terminal would obey what is in it."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(written + "\n")
+    [(_, row)] = rows(path)
+    assert (row.key, str(row)) == (key, f"{key} {TWICE}")
+    assert str(row).isprintable() and len(str(row)) < 200
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b'"[]"', b'[{"a": 1}', b'[{"a": "]}', b"[1] [2]", b"[{]"])

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from minitune import errors
 from minitune.config import EXAMPLE, load_config
+from minitune.errors import UserError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 TINY = EXAMPLE.parent
@@ -249,3 +251,11 @@ def test_train_merge_and_generate(here: Here, rows: Path, tmp_path: Path) -> Non
     assert merged.code == 0 and str(out / "merged") in merged.out
     here("merge.py", str(out)).is_refusal("exists already")
     assert here("generate.py", str(out / "merged"), *asked).out == from_run.out
+
+
+def test_nothing_in_an_error_is_obeyed_by_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """The colours and the cursor moves of a progress bar, which other lines may hold, among them."""
+    with pytest.raises(SystemExit, match="2"):
+        errors.end(UserError("x"), "error: a\x1b[31m\x1b[2K\x1b[1A\x07\x9b\r\u202eb 模型 é\n  \tc", 2)
+    said = r"error: a\u{1b}[31m\u{1b}[2K\u{1b}[1A\u{7}\u{9b}\u{d}\u{202e}b 模型 é" + "\n  \tc\n"
+    assert capsys.readouterr().err == said

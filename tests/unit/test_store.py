@@ -71,22 +71,45 @@ def counted_tokenising(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # ---- the same whoever makes it
 
 
-def test_processes_make_what_one_makes(rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("few", [2, 3])
+def test_processes_make_what_one_makes(
+    rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, few: int
+) -> None:
+    """Three of them, of which this is one or not."""
     with open(rows, "a") as file:
         file.write('{"instruction": "?"}\nnot json\n')
     cfg = recipe(rows, bad_rows="skip")
     alone = prepare(cfg, tokenizer).store
-    parts: list[int] = []
-    real = workers.Worker.portion
-    monkeypatch.setattr(workers.Worker, "portion", lambda self, task: parts.append(1) or real(self, task))
+    parts: list[str] = []
+    for kind in (workers.Worker, workers.Here):
+        counted = lambda self, task, real=kind.portion: parts.append(type(self).__name__) or real(self, task)  # noqa: E731
+        monkeypatch.setattr(kind, "portion", counted)
+    monkeypatch.setattr(workers, "FEW", few)
     monkeypatch.setattr(store, "SMALLEST", 4000)
     monkeypatch.setattr(store, "CHUNK", 4000)
     monkeypatch.setattr(store, "WORTH_A_PROCESS", 4000)
     monkeypatch.setattr(store, "cores", lambda: 3)
     together = prepare(replace(cfg, cache=str(rows.parent / "another")), tokenizer).store
     assert len(parts) > 10
+    assert set(parts) == ({"Worker", "Here"} if few == 3 else {"Worker"})
     assert contents(alone.folder) == contents(together.folder)
     assert len(list(together.reasons())) == 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_many_parts_have_a_progress_bar_on_a_terminal(
+    rows: Path,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal: bool,
+) -> None:
+    for size in ("SMALLEST", "CHUNK", "WORTH_A_PROCESS"):
+        monkeypatch.setattr(store, size, 4000)
+    monkeypatch.setattr(store, "cores", lambda: 2)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
+    prepare(recipe(rows), tokenizer)
+    assert ("tokenising: 100%" in capsys.readouterr().err) == terminal
 
 
 def test_a_tokenizer_arrives_whole(tokenizer: Tokenizer) -> None:
