@@ -155,3 +155,43 @@ def test_a_variant_is_added_as_it_says(with_a_variant: Path) -> None:
     path.write_text(path.read_text().replace("* self.gain.to(x.dtype)", ""))
     told = prove(with_a_variant, "rowgain and merged_weight")
     assert "1 failed" in told, told  # its gain forgotten in forward
+
+
+def test_what_was_reached_is_the_results() -> None:
+    """The table of aims in benchmarks/README.md, case by case."""
+    folder = ROOT / "benchmarks" / "results"
+    later = json.loads((folder / "H200-2026-11-27-dropout-packed.json").read_text())
+    rates = {
+        (r["case"], r["system"]): r["tokens_per_second"]
+        for r in json.loads((folder / "H200-2026-11-27.json").read_text())
+        if "failed" not in r
+    }
+    told = {r["case"]: r["tokens_per_second"] for r in reversed(later) if r["system"] == "minitune"}
+    packed = {r["case"]: r["tokens_per_second"] for r in later if r["system"] == "trl+liger"}
+
+    def times(case: str, rival: str) -> float:
+        return rates[case, "minitune"] / rates[case, rival]
+
+    table = (ROOT / "benchmarks" / "README.md").read_text().partition("## What was aimed at")[2].partition("## Why")[0]
+    rows = {row[0]: row[2] for row in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE)}
+    reached = {
+        "LoRA, nothing recomputed": [times("lora-fast", "unsloth"), rates["lora-fast", "minitune"], told["lora-fast"]],
+        "LoRA, least memory": [times("lora-small", "unsloth"), rates["lora-small", "minitune"]],
+        "QLoRA, least memory": [times("qlora-small", "unsloth")],
+        "QLoRA, nothing recomputed": [rates["qlora-fast", "minitune"], told["qlora-fast"]],
+        "QLoRA, one row of 32,768": [times("qlora-32k", "unsloth")],
+        "full, 8-bit paged AdamW": [times("full", "unsloth")],
+        "the guide's recipe": [times("guide", "trl")],
+        "LoRA, packed gsm8k": [times("gsm8k", "unsloth"), told["gsm8k"] / packed["gsm8k"]],
+        "LoRA, packed alpaca": [times("alpaca", "unsloth"), told["alpaca"] / packed["alpaca"]],
+    }
+    for case, numbers in reached.items():
+        for number in numbers:
+            written = {f"{number:,.0f}", f"{number:.2f}"} if number > 100 else {f"{number:.2f}", f"{number:.1f}"}
+            assert any(re.search(rf"(?<![\d.]){each}(?![\d.]*\d)", rows[case]) for each in written), (case, number)
+    pairs = [(r["case"], r["tokens_per_second"]) for r in later if r["system"] == "minitune"]
+    plain = [rate for case, rate in pairs if case == "lora-fast"]
+    dropped = [rate for case, rate in pairs if case == "lora-dropout"]
+    costs = [f"{100 * (1 - with_ / without):.1f}" for with_, without in zip(dropped, plain, strict=True)]
+    assert costs == ["2.9", "2.2"] and rows["dropout 0.05"] == "2.9 and 2.2 %, QLoRA 2.2 %"
+    assert f"{100 * (1 - told['qlora-dropout'] / told['qlora-fast']):.1f}" == "2.2"
