@@ -25,7 +25,8 @@ def test_ranks_that_are_not_there(tmp_path: Path) -> None:
 
 def test_ranks_that_are_there(tmp_path: Path) -> None:
     out = tmp_path / "ranks.json"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, "--real"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    command += ["--nproc-per-node", "2", SCRIPT, "--real"]
     command += ["--out", out, "--tokens", "64", "--steps", "3", "--case", "tiny-qlora-full-2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
