@@ -85,12 +85,12 @@ def parse(row: Row, format: str, columns: Mapping[str, str] | None = None, origi
     Raises:
         RowError: the row cannot be read, with the path of the key at fault by the file's own names.
     """
-    if not columns:
-        return PARSERS[format](row, origin)
     try:
-        return PARSERS[format](renamed(row, columns), origin)
+        return PARSERS[format](renamed(row, columns or {}), origin)
     except RowError as error:
-        raise RowError(error.reason, named_as_in_the_file(error.key, columns)) from None
+        raise RowError(error.reason, named_as_in_the_file(error.key, columns or {})) from None
+    except RecursionError:  # JSON that could just be read, and is looked through from further down
+        raise RowError("it is too deeply nested") from None
 
 
 # ---- columns -------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -425,14 +425,15 @@ JSON = json.JSONDecoder(object_pairs_hook=unrepeated)  # one for all rows: makin
 
 def parse_json(text: str) -> Any:
     try:
-        return JSON.decode(text)
-    except GivenTwice:
-        raise RowError(TWICE, repeated_key(text)) from None
+        with suppress(GivenTwice):
+            return JSON.decode(text)
+        twice = repeated_key(text)  # reads on to the text's end, which may be broken behind the key
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise RowError(f"not valid JSON at {where}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise RowError(f"not readable JSON: {error}") from None
+    raise RowError(TWICE, twice)
 
 
 def decoded(data: bytes) -> str:

@@ -80,6 +80,8 @@ def drafts_or_error(
         return [all_of_it(drafts)] if train_on_prompt else drafts
     except RowError as error:
         return error
+    except RecursionError:  # JSON that could just be read, and not be written down again
+        return RowError("it is too deeply nested")
 
 
 def written(example: Example, template: str, tokenizer: Tokenizer) -> list[Draft]:
