@@ -153,7 +153,7 @@ def answer(out: BinaryIO, task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> 
     except UserError as error:
         send(out, {"user_error": str(error)})
         return
-    except Exception:
+    except BaseException:  # a library's panic is no Exception
         send(out, {"error": traceback.format_exc()})
         return
     arrays = portion.columns | {"sketches": portion.sketches, "marked": portion.marked}

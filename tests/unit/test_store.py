@@ -1,5 +1,6 @@
 """The store: the same whoever makes it, found by what it was made from, whole or not there, verified before use."""
 
+import io
 import json
 import os
 import random
@@ -19,12 +20,13 @@ import minitune
 from minitune.config import DataConfig
 from minitune.data import prepare, store, workers
 from minitune.data.duplicates import KEYS
-from minitune.data.readers import RowError
+from minitune.data.readers import Chunk, RowError
 from minitune.data.store import Sketches, Source, key_of, open_store
+from minitune.data.tokenise import Task
 from minitune.data.workers import restored, stated
 from minitune.errors import RunFailed, UserError
 from minitune.pretrained import TINY
-from minitune.tokenizer import Tokenizer, load_tokenizer
+from minitune.tokenizer import Tokenizer, build, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,59 @@ def test_what_a_process_cannot_do_is_said(rows: Path, tokenizer: Tokenizer, monk
     with pytest.raises(RunFailed, match=r"a process that tokenises .*rows.jsonl has ended \(exit code -9\)"):
         prepare(recipe(rows), tokenizer)
     assert stores(rows.parent / "cache") == []
+
+
+GIVES_UP = {  # on 600 letters; its library tries no more than so many ways
+    "type": "Split",
+    "pattern": {"Regex": "[ab]+[ab]+[ab]+[ab]+[cd]"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+
+
+@pytest.fixture
+def impatient(tokenizer: Tokenizer) -> Tokenizer:
+    """The tiny model's, cut by a pattern that its library gives up on for some texts."""
+    state = json.loads(tokenizer.engine.to_str())
+    state["pre_tokenizer"]["pretokenizers"].insert(0, GIVES_UP)
+    engine = build(state, Path("tokenizer.json"))
+    return replace(tokenizer, engine=engine, continuation=engine)
+
+
+@pytest.mark.parametrize(("where", "template"), [("here", "alpaca"), ("workers", "chat")])
+def test_a_text_that_the_tokenizer_gives_up_on_is_a_bad_row(
+    rows: Path, tokenizer: Tokenizer, impatient: Tokenizer, monkeypatch: pytest.MonkeyPatch, where: str, template: str
+) -> None:
+    """What is raised there is no Exception; the other rows of its batch lose nothing."""
+    with pytest.raises(BaseException, match="retry-limit") as error:
+        impatient.engine.encode("ab" * 300)
+    assert not isinstance(error.value, Exception)
+    for size in ("SMALLEST", "CHUNK", "WORTH_A_PROCESS"):
+        monkeypatch.setattr(store, size, 4000)
+    monkeypatch.setattr(store, "cores", lambda: 1 if where == "here" else 3)
+    monkeypatch.setattr(workers, "FEW", 1)
+    good = prepare(recipe(rows, template=template), tokenizer)
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines[:250], json.dumps({"instruction": "?", "output": "ab" * 300}), *lines[250:]]))
+    got = prepare(recipe(rows, template=template, bad_rows="skip"), impatient)
+    [(entry, _, reason)] = got.store.reasons()
+    assert got.store.origin(entry) == f"{rows}:251"
+    assert reason.startswith("the tokenizer's pattern gives up on its text: ") and "retry-limit" in reason
+    assert (got.counts["rows"], got.counts["skipped"]) == (501, 1)
+    assert got.train.digest == good.train.digest
+
+
+def test_whatever_ends_a_worker_is_said(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panics(*rest: object) -> None:
+        raise Panic("the library gave up")
+
+    monkeypatch.setattr(workers, "tokenise", panics)
+    out = io.BytesIO()
+    workers.answer(out, Task(Chunk("rows.jsonl", 0, 1, 1), 0, "alpaca"), DataConfig(), tokenizer)
+    assert "Panic: the library gave up" in json.loads(out.getvalue())["error"]
 
 
 # ---- found by what it was made from
