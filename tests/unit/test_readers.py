@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from minitune.data import sources
 from minitune.data.conversations import json_in
 from minitune.data.looks import visible
-from minitune.data.readers import TWICE, RowError, chunks, origin, row_at, rows, rows_of
+from minitune.data.readers import SLICES, TWICE, RowError, chunks, origin, row_at, rows, rows_of
 from minitune.data.sources import find
 from minitune.errors import UserError
 
@@ -248,6 +248,16 @@ def test_parquet_rows_are_those_that_were_written(parquet, group):
     assert cut(path, 1 << 20) == list(enumerate(CHAT, 1))
     assert len(list(chunks(path))) == -(-10 // group)
     assert origin(path, 4) == f"{path} row 4"
+
+
+def test_a_large_row_group_is_cut_in_slices(parquet):
+    content = [{"text": f"row {number}" * 20} for number in range(500)]
+    path = parquet(content, 250)
+    for size, slices in ((1, SLICES), (1 << 30, 1)):
+        some = list(chunks(path, size))
+        assert [chunk.start for chunk in some] == [0, *(chunk.stop for chunk in some[:-1])]
+        assert len(some) == 2 * slices
+    assert cut(path, 1) == cut(path, 1 << 30) == list(enumerate(content, 1))
 
 
 def test_parquet_that_gives_a_name_twice_is_refused(parquet, tmp_path):

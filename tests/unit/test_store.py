@@ -7,9 +7,10 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ import pytest
 
 import minitune
 from minitune.config import DataConfig
-from minitune.data import prepare, store, workers
+from minitune.data import prepare, store, tokenise, workers
 from minitune.data.duplicates import KEYS
 from minitune.data.readers import Chunk, RowError
 from minitune.data.store import Sketches, Source, key_of, open_store
+from minitune.data.templates import Document
 from minitune.data.tokenise import Task
 from minitune.data.workers import restored, stated
-from minitune.errors import RunFailed, UserError
+from minitune.errors import Interrupted, RunFailed, UserError
 from minitune.pretrained import TINY
 from minitune.tokenizer import Tokenizer, build, load_tokenizer
 
@@ -390,6 +392,105 @@ def test_two_processes_at_once_are_both_right(tmp_path: Path, tokenizer: Tokeniz
     got = prepare(DataConfig(train=(str(rows),), cache=str(cache)), tokenizer)
     assert said == [["begun", got.train.digest]] * 2
     assert len(stores(cache)) == 1
+
+
+# ---- leaving
+
+
+def a_task(rows: Path) -> Task:
+    return Task(Chunk(str(rows), 0, rows.stat().st_size, 1), 0, "alpaca")
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_what_this_process_tokenises_is_left_where_the_run_ends(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, heeds: bool
+) -> None:
+    """After the rows that are under way; not to heed it, which goes through all of the chunk, is the mutant."""
+    made = []
+
+    def slowly(*rest: object) -> list[list[Document]]:
+        time.sleep(0.02)
+        made.append(1)
+        return real(*rest)
+
+    real = tokenise.documents_of
+    monkeypatch.setattr(tokenise, "AT_ONCE", 1)
+    monkeypatch.setattr(tokenise, "documents_of", slowly)
+    here = workers.Here(DataConfig(), tokenizer)
+    if not heeds:
+        monkeypatch.setattr(workers.Here, "end", lambda self: None)
+
+    def tasks() -> Iterator[Task]:
+        yield a_task(write_rows(tmp_path / "rows.jsonl", 60))
+        while not made:
+            time.sleep(0.001)
+        raise Interrupted(signal.SIGTERM, "stopped")
+
+    with pytest.raises(Interrupted):
+        list(workers.shared_out(tasks(), [here], []))
+    assert (len(made) < 10) if heeds else (len(made) == 60)
+
+
+def test_a_dead_worker_is_told_of_before_earlier_work_is_done(rows: Path) -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.ended = threading.Event()
+
+        def portion(self, task: Task) -> None:
+            self.in_time = self.ended.wait(20)
+
+        def end(self) -> None:
+            self.ended.set()
+
+    class Dead(Slow):
+        def portion(self, task: Task) -> None:
+            raise RunFailed("a process has ended")
+
+    slow = Slow()
+    with pytest.raises(RunFailed, match="a process has ended"):
+        list(workers.shared_out([a_task(rows)] * 2, [slow], [Dead()]))
+    assert slow.in_time
+
+
+def test_nothing_goes_on_after_a_store_that_was_not_finished(
+    rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even while the error is still held: a thread that goes on keeps the process from ending."""
+
+    def interrupted(part: Path, portions: Iterator[object]) -> None:
+        next(iter(portions))
+        raise Interrupted(signal.SIGTERM, "stopped")
+
+    for size in ("SMALLEST", "CHUNK", "WORTH_A_PROCESS"):
+        monkeypatch.setattr(store, size, 4000)
+    monkeypatch.setattr(store, "cores", lambda: 2)
+    monkeypatch.setattr(store, "write", interrupted)
+    with pytest.raises(Interrupted) as held:
+        prepare(recipe(rows), tokenizer)
+    assert held.value.signum == signal.SIGTERM
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPool")] == []
+
+
+@pytest.mark.parametrize("ends", ["before the answer", "in the middle of a task"])
+def test_a_worker_whose_giver_of_work_has_ended_leaves_without_a_word(
+    tmp_path: Path, tokenizer: Tokenizer, ends: str
+) -> None:
+    task = json.dumps(asdict(a_task(write_rows(tmp_path / "rows.jsonl", 3000)))).encode() + b"\n"
+    where = os.environ | {"PYTHONPATH": str(Path(minitune.__file__).parents[1])}
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "from minitune.data.workers import work; work()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=where,
+    )
+    workers.send(worker.stdin, {"cfg": asdict(DataConfig()), "tokenizer": stated(tokenizer)})
+    worker.stdin.write(task if ends == "before the answer" else task[:20])
+    worker.stdout.close()
+    worker.stdin.close()
+    assert worker.stderr.read() == b""
+    worker.stderr.close()
+    worker.wait(timeout=60)
 
 
 # ---- reading
