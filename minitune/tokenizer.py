@@ -7,6 +7,8 @@ ids are the ones that models are served with: a text that begins with a space ge
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,16 +57,29 @@ class Tokenizer:
 
     def decode(self, ids: list[int], skip_special: bool = True) -> str:
         """The text of ids, its spaces left alone; special tokens are left out unless `skip_special` is False."""
-        return self.engine.decode(ids, skip_special_tokens=skip_special)
+        with at_work():
+            return self.engine.decode(ids, skip_special_tokens=skip_special)
 
 
 def ids_by(engine: Engine, text: str) -> list[int]:
-    try:
+    with at_work():
         return engine.encode(text, add_special_tokens=False).ids
+
+
+class GivesUp(UserError):
+    """A text on which the engine's pattern tries more ways than its library allows."""
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """Around each call of an engine with somebody's text, since what the library raises where its regular expressions
+    give up is no Exception."""
+    try:
+        yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # what the library raises where its regular expressions give up
+        if type(error).__name__ != "PanicException":
             raise
-        raise UserError(f"the tokenizer's pattern gives up on a text of {len(text):,} characters: {error}") from None
+        raise GivesUp(f"the tokenizer's pattern gives up on its text: {error}") from None
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from tokenizers import Encoding
 
 from minitune.data.words import words_of
-from minitune.tokenizer import Tokenizer
+from minitune.tokenizer import Tokenizer, at_work
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,11 @@ class Script:
 
 def encoded(drafts: Sequence[list[Piece] | Script], tokenizer: Tokenizer) -> list[list[Document]]:
     """The documents of each draft: one, and one more for each answer of a script at whose seam a token would reach
-    over."""
+    over.
+
+    Raises:
+        GivesUp: one of the texts is too much for the tokenizer's pattern.
+    """
     scripts = [draft for draft in drafts if isinstance(draft, Script)]
     pieces = [draft for draft in drafts if not isinstance(draft, Script)]
     ids_of_pieces = iter(encoded_pieces(pieces, tokenizer))
@@ -99,10 +103,11 @@ def encoded_pieces(drafts: Iterable[Iterable[Piece]], tokenizer: Tokenizer) -> l
 
 def encode_all(texts: list[str], tokenizer: Tokenizer, continuing: bool = False) -> list[list[int]]:
     """The ids of each text, as the beginning of one or as what goes on after another."""
-    if words := words_of(tokenizer):
-        return [words[continuing].encode(text) for text in texts]
-    engine = tokenizer.continuation if continuing else tokenizer.engine
-    return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+    words, engine = words_of(tokenizer), tokenizer.continuation if continuing else tokenizer.engine
+    with at_work():
+        if words:
+            return [words[continuing].encode(text) for text in texts]
+        return [encoding.ids for encoding in engine.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
 
 # ---- scripts -------------------------------------------------------------------------------------------------------
@@ -137,7 +142,8 @@ class Tokens:
 def encoded_scripts(scripts: Sequence[Script], tokenizer: Tokenizer) -> list[list[Document]]:
     """Each script as a whole; where a token would reach over the seam of an answer, that answer stands in a document
     of its own instead, as what goes on after its prompt."""
-    encodings = tokenizer.engine.encode_batch([script.text for script in scripts], add_special_tokens=False)
+    with at_work():
+        encodings = tokenizer.engine.encode_batch([script.text for script in scripts], add_special_tokens=False)
     wholes = [Tokens.of(encoding) for encoding in encodings]
     prompts = [
         prompt_end(answer, script, whole, tokenizer)
@@ -181,7 +187,9 @@ def fences(tokenizer: Tokenizer) -> frozenset[int]:
 def continued(script: Script, answer: Answer, tokenizer: Tokenizer) -> Document:
     """A prompt with the ids that it has alone, then an answer with those of a continuation."""
     prompt, stop = tokenizer.encode(script.text[: answer.asked]), answer.spans[-1][1]
-    rest = Tokens.of(tokenizer.continuation.encode(script.text[answer.asked : stop], add_special_tokens=False))
+    with at_work():
+        encoding = tokenizer.continuation.encode(script.text[answer.asked : stop], add_special_tokens=False)
+    rest = Tokens.of(encoding)
     marks = rest.marked((start - answer.asked, stop - answer.asked) for start, stop in answer.spans)
     ends = script.ends and stop == len(script.text)
     return ended([*prompt, *rest.ids], [*[False] * len(prompt), *marks], ends, tokenizer)

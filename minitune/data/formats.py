@@ -7,9 +7,10 @@ a `BadRow` that says where it stands, at which key, and why.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from minitune.data.conversations import conversational, messages, sharegpt
-from minitune.data.examples import Chat, Completion, Example, Instruction, Text
+from minitune.data.examples import Chat, Completion, Example, Instruction, Text, texts
 from minitune.data.fields import filled, optional, text
 from minitune.data.readers import Row, RowError, kind, rows, shown
 from minitune.errors import UserError
@@ -22,8 +23,16 @@ NEEDED = {  # the columns of each format, from the most to the least particular
     "prompt_completion": {"prompt", "completion"},
     "text": {"text"},
 }
+MORE = {  # columns that a format reads where they are there
+    "messages": {"system", "tools"},
+    "sharegpt": {"system", "tools"},
+    "alpaca": {"input", "system", "history"},
+    "prompt_completion": set(),  # two lists of messages: those of messages
+    "text": set(),
+}
 LISTED = 20  # names in a message
-COLUMNS = sorted({"input", "system", "history", "tools"}.union(*NEEDED.values()))
+COLUMNS = sorted(set().union(*NEEDED.values(), *MORE.values()))
+OTHERS = {format: frozenset(COLUMNS) - NEEDED[format] - MORE[format] for format in NEEDED}  # that it does not read
 
 
 @dataclass(frozen=True)
@@ -85,12 +94,15 @@ def parse(row: Row, format: str, columns: Mapping[str, str] | None = None, origi
     Raises:
         RowError: the row cannot be read, with the path of the key at fault by the file's own names.
     """
-    if not columns:
-        return PARSERS[format](row, origin)
     try:
-        return PARSERS[format](renamed(row, columns), origin)
+        ours = renamed(row, columns or {})
+        example = PARSERS[format](ours, origin)
+        refuse_names_of_others(ours, format, example)
+        return example
     except RowError as error:
-        raise RowError(error.reason, named_as_in_the_file(error.key, columns)) from None
+        raise RowError(error.reason, named_as_in_the_file(error.key, columns or {})) from None
+    except RecursionError:  # JSON that could just be read, and is looked through from further down
+        raise RowError("it is too deeply nested") from None
 
 
 # ---- columns -------------------------------------------------------------------------------------------------------
@@ -143,11 +155,8 @@ def listed(names: Iterable[object]) -> str:
 
 # ---- rows -> examples ----------------------------------------------------------------------------------------------
 
-NO_PLACE = "has no place in a row of this format; write the row as messages"
-
 
 def alpaca(row: Row, origin: str) -> Instruction:
-    refuse_names_of_others(row, ("tools",))
     instruction, input_, output = text(row, "instruction"), optional(row, "input"), filled(row, "output")
     return Instruction(instruction, input_, output, optional(row, "system"), history(row), origin)
 
@@ -173,20 +182,11 @@ def prompt_completion(row: Row, origin: str) -> Completion | Chat:
     """Two texts, or two lists of messages."""
     if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
         return conversational(row, origin)
-    refuse_names_of_others(row, ("system", "tools", "history", "input"))
     return Completion(text(row, "prompt"), filled(row, "completion"), origin)
 
 
 def raw_text(row: Row, origin: str) -> Text:
-    refuse_names_of_others(row, ("system", "tools", "history"))
     return Text(filled(row, "text"), origin)
-
-
-def refuse_names_of_others(row: Row, names: tuple[str, ...]) -> None:
-    """What another format reads would be lost here, and nobody would know."""
-    for name in names:
-        if row.get(name):
-            raise RowError(NO_PLACE, name)
 
 
 PARSERS: dict[str, Callable[[Row, str], Example]] = {
@@ -196,3 +196,33 @@ PARSERS: dict[str, Callable[[Row, str], Example]] = {
     "prompt_completion": prompt_completion,
     "text": raw_text,
 }
+
+
+# ---- what a format does not read -----------------------------------------------------------------------------------
+
+NO_PLACE = (
+    "has no place in a row of this format, and is no copy of what is read; leave the column out, or write the row as "
+    "messages"
+)
+
+
+def refuse_names_of_others(row: Row, format: str, example: Example) -> None:
+    """What another format reads would be lost here, and nobody would know. Copies lose nothing: many sets carry an
+    Alpaca row or a conversation once more as one rendered text, or its first question as a prompt."""
+    for name in sorted(OTHERS[format] & row.keys()):
+        if isinstance(example, Chat) and name in MORE["messages"]:
+            continue
+        value = row[name]
+        empty = not (value.strip() if isinstance(value, str) else value)
+        if not (empty or is_copy(value, example)):
+            raise RowError(NO_PLACE, name)
+
+
+def is_copy(value: Any, example: Example) -> bool:
+    """Whether a text stands in one that is read, or has in it all that is read, or all but the answer; white space
+    aside."""
+    if not isinstance(value, str):
+        return False
+    value, *read = (" ".join(each.split()) for each in (value, *texts(example)))
+    read = [each for each in read if each]
+    return any(value in each for each in read) or all(each in value for each in read[:-1] or read)

@@ -4,14 +4,14 @@
 needs the extra of that name. Another kind of file is one more `Reader` here.
 
 A file is read in chunks that know nothing of each other, so that many processes can read it and none ever holds more
-than a chunk: some megabytes, or the longest row (in parquet: a row group) if that is more.
+than a chunk: some megabytes, or the longest row (in parquet: an eighth of a row group) if that is more.
 """
 
 import codecs
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -294,13 +294,18 @@ def check_nothing_follows(path: Path, file: BinaryIO) -> None:
 # ---- .parquet ------------------------------------------------------------------------------------------------------
 
 
+SLICES = 8  # of a row group at most: what is before a slice is decoded again for it
+
+
 def parquet_chunks(path: Path, size: int) -> Iterator[Chunk]:
-    """A chunk a row group: less of a column cannot be read by itself."""
+    """Slices of row groups, each alike."""
     groups, start = opened_parquet(path).metadata, 0
-    for group in range(groups.num_row_groups):
-        stop = start + groups.row_group(group).num_rows
-        yield Chunk(str(path), start, stop, start + 1)
-        start = stop
+    for group in map(groups.row_group, range(groups.num_row_groups)):
+        slices = max(1, min(SLICES, group.total_byte_size // size, group.num_rows))
+        edges = [start + number * group.num_rows // slices for number in range(slices + 1)]
+        for begin, stop in pairwise(edges):
+            yield Chunk(str(path), begin, stop, begin + 1)
+        start += group.num_rows
 
 
 def parquet_rows(chunk: Chunk) -> Iterator[tuple[Place, Row | RowError]]:
@@ -324,6 +329,8 @@ def group_rows(file: Any, group: int, before: int, chunk: Chunk) -> Iterator[tup
                     if chunk.start <= number < chunk.stop:
                         yield Place(number + 1, number, 1), row
             before += batch.num_rows
+            if chunk.stop <= before:
+                return
     except (pyarrow.ArrowException, ValueError) as error:  # two fields of one name in a struct are a ValueError
         raise UserError(f"{chunk.path}: not a whole parquet file: {error}") from None
 
@@ -425,14 +432,15 @@ JSON = json.JSONDecoder(object_pairs_hook=unrepeated)  # one for all rows: makin
 
 def parse_json(text: str) -> Any:
     try:
-        return JSON.decode(text)
-    except GivenTwice:
-        raise RowError(TWICE, repeated_key(text)) from None
+        with suppress(GivenTwice):
+            return JSON.decode(text)
+        twice = repeated_key(text)  # reads on to the text's end, which may be broken behind the key
     except json.JSONDecodeError as error:
         where = f"line {error.lineno} column {error.colno}" if "\n" in text else f"column {error.colno}"
         raise RowError(f"not valid JSON at {where}: {error.msg}") from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
         raise RowError(f"not readable JSON: {error}") from None
+    raise RowError(TWICE, twice)
 
 
 def decoded(data: bytes) -> str:

@@ -24,7 +24,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -255,16 +255,16 @@ def make(folder: Path, sources: list[Source], cfg: DataConfig, tokenizer: Tokeni
         for chunk in chunks(source.path, at_once)
     ]
     processes = max(1, min(cores(), len(tasks), size // WORTH_A_PROCESS))
-    portions = tqdm(
-        tokenised(tasks, cfg, tokenizer, processes),
-        desc="tokenising",
-        total=len(tasks),
-        unit="part",
-        disable=processes == 1 or not sys.stdout.isatty(),
-        dynamic_ncols=True,
-    )
     try:
-        with files.new_folder(folder) as part:
+        with files.new_folder(folder) as part, closing(tokenised(tasks, cfg, tokenizer, processes)) as made:
+            portions = tqdm(
+                made,
+                desc="tokenising",
+                total=len(tasks),
+                unit="part",
+                disable=processes == 1 or not sys.stdout.isatty(),
+                dynamic_ncols=True,
+            )
             about = write(part, portions)
             for source in sources:
                 if files.sha256(source.path) != source.digest:

@@ -13,7 +13,7 @@ from minitune.data.encoding import Document, Piece, Script, encoded
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text, as_chat, only_answer, texts
 from minitune.data.readers import RowError
 from minitune.errors import UserError
-from minitune.tokenizer import Tokenizer
+from minitune.tokenizer import GivesUp, Tokenizer
 
 __all__ = ["Document", "documents", "documents_of", "instruction_ids", "only_answer", "prompt_ids", "texts"]
 
@@ -42,17 +42,29 @@ def documents_of(
 ) -> list[list[Document] | RowError]:
     """`documents` of each example, or what it would raise of a row; the tokenizer is called once for all of them."""
     written = [drafts_or_error(example, template, tokenizer, train_on_prompt) for example in examples]
-    made = iter(encoded([draft for drafts in written if isinstance(drafts, list) for draft in drafts], tokenizer))
+    made = iter(encoded_of([drafts for drafts in written if isinstance(drafts, list)], tokenizer))
     found: list[list[Document] | RowError] = []
     for drafts in written:
-        if isinstance(drafts, RowError):
-            found.append(drafts)
+        these = drafts if isinstance(drafts, RowError) else next(made)
+        if isinstance(these, RowError):
+            found.append(these)
             continue
-        these = [document for _ in drafts for document in next(made)]
         if train_on_prompt:
             these = [with_prompt(document, tokenizer) for document in these]
         found.append([document for document in these if document.learns] or RowError("nothing to learn"))
     return found
+
+
+def encoded_of(written: list[list[Draft]], tokenizer: Tokenizer) -> list[list[Document] | RowError]:
+    """The documents of each example's drafts, encoded all at once; example by example where one of them is too much
+    for the tokenizer, so that this one alone is lost."""
+    try:
+        made = iter(encoded([draft for drafts in written for draft in drafts], tokenizer))
+        return [[document for _ in drafts for document in next(made)] for drafts in written]
+    except GivesUp as error:
+        if len(written) == 1:
+            return [RowError(str(error))]
+    return [found for drafts in written for found in encoded_of([drafts], tokenizer)]
 
 
 def prompt_ids(example: Example, template: str, tokenizer: Tokenizer) -> list[int]:
@@ -80,6 +92,8 @@ def drafts_or_error(
         return [all_of_it(drafts)] if train_on_prompt else drafts
     except RowError as error:
         return error
+    except RecursionError:  # JSON that could just be read, and not be written down again
+        return RowError("it is too deeply nested")
 
 
 def written(example: Example, template: str, tokenizer: Tokenizer) -> list[Draft]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain, islice
+from threading import Event
 
 import numpy as np
 
@@ -68,10 +69,18 @@ class Portion:
     reasons: list[tuple[str, str]] = field(default_factory=list)  # key path and sentence, of each BAD entry in turn
 
 
-def tokenise(task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> Portion:
-    """Read, check and tokenise the rows of a chunk."""
+class Left(Exception):
+    """A chunk that nobody waits for any more."""
+
+
+def tokenise(task: Task, cfg: DataConfig, tokenizer: Tokenizer, ended: Event | None = None) -> Portion:
+    """Read, check and tokenise the rows of a chunk.
+
+    Args:
+        ended: by which another thread says that nobody waits for it; then Left is raised, some hundred rows later.
+    """
     with uncollected():
-        return portion_of(task, cfg, tokenizer)
+        return portion_of(task, cfg, tokenizer, ended or Event())
 
 
 @contextmanager
@@ -87,14 +96,14 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def portion_of(task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> Portion:
+def portion_of(task: Task, cfg: DataConfig, tokenizer: Tokenizer, ended: Event) -> Portion:
     entries: list[dict[str, int]] = []
     kept: list[Document] = []  # of each entry; nothing, where it gives no tokens
     categories: dict[str, int] = {}
     reasons: list[tuple[str, str]] = []
     compared: dict[int, str] = {}  # entry -> the text that near duplicates are found by
 
-    for place, row, example, made in documents_of_rows(task, cfg, tokenizer):
+    for place, row, example, made in documents_of_rows(task, cfg, tokenizer, ended):
         stands = {"number": place.number, "place": place.start, "size": place.size}
         if isinstance(made, RowError):
             reasons.append((made.key, str(made)))
@@ -159,11 +168,13 @@ def flags_of(example: Example, tokenizer: Tokenizer) -> int:
 
 
 def documents_of_rows(
-    task: Task, cfg: DataConfig, tokenizer: Tokenizer
+    task: Task, cfg: DataConfig, tokenizer: Tokenizer, ended: Event
 ) -> Iterator[tuple[Place, Row | None, Example | None, list[Document] | RowError]]:
     """Each row of a chunk as its example and its documents, or as what is wrong with it."""
     rows = rows_of(task.chunk)
     while some := list(islice(rows, AT_ONCE)):
+        if ended.is_set():
+            raise Left
         read = [(place, row, example_of(row, task.format, cfg)) for place, row in some]
         examples = [example for _, _, example in read if not isinstance(example, RowError)]
         made = iter(documents_of(examples, cfg.template, tokenizer, cfg.train_on_prompt))

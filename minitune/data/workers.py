@@ -13,11 +13,12 @@ import sys
 import traceback
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from threading import Event
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -68,13 +69,23 @@ def shared_out(tasks: Iterable[Task], here: list["Here"], workers: list["Worker"
         for task in tasks:
             under_way.append(threads.submit(portion, task))
             if len(under_way) == 2 * len(everyone):
-                yield under_way.popleft().result()
+                yield first_of(under_way)
         while under_way:
-            yield under_way.popleft().result()
+            yield first_of(under_way)
     finally:
-        for worker in workers:
+        for worker in everyone:
             worker.end()
         threads.shutdown(cancel_futures=True)
+
+
+def first_of(under_way: deque[Future[Portion]]) -> Portion:
+    """The first portion, taken away; the error of any of them as soon as it is there."""
+    others = set(under_way)
+    while not under_way[0].done():
+        done, others = wait(others, return_when=FIRST_COMPLETED)
+        for each in done:
+            each.result()
+    return under_way.popleft().result()
 
 
 class Here:
@@ -82,9 +93,14 @@ class Here:
 
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer) -> None:
         self.cfg, self.tokenizer = cfg, tokenizer
+        self.ended = Event()
 
     def portion(self, task: Task) -> Portion:
-        return tokenise(task, self.cfg, self.tokenizer)
+        return tokenise(task, self.cfg, self.tokenizer, self.ended)
+
+    def end(self) -> None:
+        """Whatever is under way is left soon."""
+        self.ended.set()
 
 
 class Worker:
@@ -137,14 +153,23 @@ def work() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that gave the work is told, and ends it
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is not mixed with the answers
-    setting = json.loads(sys.stdin.buffer.readline() or "null")
-    if setting is None:
+    sent = received(sys.stdin.buffer)
+    if (setting := next(sent, None)) is None:
         return
     lists = {key: tuple(value) if isinstance(value, list) else value for key, value in setting["cfg"].items()}
     cfg, tokenizer = DataConfig(**lists), restored(setting["tokenizer"])
-    for line in sys.stdin.buffer:
-        task = json.loads(line)
-        answer(out, Task(**task | {"chunk": Chunk(**task["chunk"])}), cfg, tokenizer)
+    try:
+        for task in sent:
+            answer(out, Task(**task | {"chunk": Chunk(**task["chunk"])}), cfg, tokenizer)
+    except BrokenPipeError:  # the one that gave the work has ended
+        os._exit(1)  # without a word, and without another try to send the rest
+
+
+def received(stream: BinaryIO) -> Iterator[Any]:
+    """What was sent, as far as it is whole: the sender may have ended in the middle of it."""
+    for line in stream:
+        if line.endswith(b"\n"):
+            yield json.loads(line)
 
 
 def answer(out: BinaryIO, task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> None:
@@ -153,7 +178,7 @@ def answer(out: BinaryIO, task: Task, cfg: DataConfig, tokenizer: Tokenizer) -> 
     except UserError as error:
         send(out, {"user_error": str(error)})
         return
-    except Exception:
+    except BaseException:  # a library's panic is no Exception
         send(out, {"error": traceback.format_exc()})
         return
     arrays = portion.columns | {"sketches": portion.sketches, "marked": portion.marked}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from minitune.data import formats
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text, Turn, as_chat, texts
 from minitune.data.formats import BadRow, locate, parse, read, settle
 from minitune.data.readers import RowError
@@ -61,7 +62,10 @@ ANSWER = says("assistant", "4")
     ("row", "example"),
     [
         ({"instruction": "Add.", "input": "2 2", "output": "4"}, Instruction("Add.", "2 2", "4")),
-        ({"instruction": "Add.", "output": "4", "text": "a copy"}, Instruction("Add.", "", "4")),
+        (
+            {"instruction": "Add.", "output": "4", "text": "### Instruction:\nAdd.\n\n### Response:\n4"},
+            Instruction("Add.", "", "4"),
+        ),
         ({"instruction": "Add.", "input": None, "output": " 4\n"}, Instruction("Add.", "", " 4\n")),
         ({"prompt": "2+2=", "completion": "4"}, Completion("2+2=", "4")),
         ({"text": "four"}, Text("four")),
@@ -470,6 +474,46 @@ def test_the_built_in_set_is_called_tiny():
     examples = list(read(locate("tiny")))
     assert len(examples) > 100
     assert all(isinstance(example, Instruction) for example in examples)
+
+
+# ---- names that another format reads
+
+SAID = {
+    "alpaca": {"instruction": "Add.", "output": "4"},
+    "prompt_completion": {"prompt": "2+2=", "completion": "4"},
+    "messages": {"messages": [ASK, ANSWER]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+    "text": {"text": "2+2=4"},
+}
+LISTS = ("messages", "conversations", "history", "tools")
+
+
+@pytest.mark.parametrize("format", SAID)
+@pytest.mark.parametrize("name", formats.COLUMNS)
+def test_what_a_format_does_not_read_is_refused_by_its_key(monkeypatch, format, name):
+    """Every column of every other format, where it says something; a copy and an empty column say nothing."""
+    if name in formats.NEEDED[format] | formats.MORE[format]:
+        return
+    row, value = SAID[format], [{"what": "else"}] if name in LISTS else "something else"
+    plain = parse(row, format)
+    with pytest.raises(RowError, match="has no place in a row of this format") as error:
+        parse(row | {name: value}, format)
+    assert error.value.key == name
+    for nothing in (None, "", " \n", [], {}):
+        assert parse(row | {name: nothing}, format) == plain
+    if name not in LISTS:
+        first, *_, answer = [text for text in texts(plain) if text] * 2
+        for copy in (first, f" {first}\n", f"### Asked: {first}\n### Answered:", f"{first} -> {answer}"):
+            assert parse(row | {name: copy}, format) == plain
+    monkeypatch.setitem(formats.OTHERS, format, frozenset())  # the mutant: what was done where no list named it
+    assert parse(row | {name: value}, format) == plain
+
+
+def test_the_key_that_is_refused_is_the_files_own(tmp_path):
+    row = {"question": "2+2?", "answer": "4", "chat": [ASK, ANSWER]}
+    columns = {"question": "prompt", "answer": "completion", "chat": "history"}
+    bad = one(tmp_path, row, columns=columns)
+    assert bad.key == "chat" and bad.reason.startswith("chat has no place")
 
 
 # ---- the real sets

@@ -3,6 +3,7 @@
 import json
 import random
 import string
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minitune.data import sources
+from minitune.data.conversations import json_in
 from minitune.data.looks import visible
-from minitune.data.readers import TWICE, RowError, chunks, origin, row_at, rows, rows_of
+from minitune.data.readers import SLICES, TWICE, RowError, chunks, origin, row_at, rows, rows_of
 from minitune.data.sources import find
 from minitune.errors import UserError
 
+TWO = '{"a":1,"a":2}'
 LINE_ENDS = ["\n", "\r", "\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"]
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-99, 99) | st.text(st.sampled_from('a"\\[]{},: \né😀\u2028'), max_size=8),
@@ -148,6 +151,48 @@ def test_a_key_that_stands_twice_is_named_by_its_path(tmp_path, written, key):
     assert str(row).isprintable() and len(str(row)) < 200
 
 
+BEFORE = '{"a": {"k": 1, "k": 2}, '
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        (BEFORE + "bad", "not valid JSON at column 25"),
+        ('[{"k": 1, "k": 2},', "not valid JSON at column 19"),
+        (BEFORE + '"b": ' + "9" * 5000 + "}", "not readable JSON: Exceeds the limit"),
+        (BEFORE + '"b": ' + "[" * 100_000, "not readable JSON: maximum recursion depth"),
+        (BEFORE + '"b": 1}', f"a.k {TWICE}"),
+    ],
+)
+def test_what_is_broken_behind_a_key_that_stands_twice_is_told_of_the_row(tmp_path, written, reason):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{written}\n{{}}\n")
+    [(_, row), (_, after)] = rows(path)
+    assert isinstance(row, RowError) and str(row).startswith(reason)
+    assert after == {}
+    with pytest.raises(RowError, match=r"is JSON in which|is not") as error:
+        json_in(written, "tools")
+    assert error.value.key == "tools"
+
+
+def test_in_a_list_it_is_told_of_the_row_too(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(f"[{BEFORE} bad}}, {{}}]")
+    [(_, row), (_, after)] = rows(path)
+    assert isinstance(row, RowError) and row.reason.startswith("not valid JSON") and after == {}
+
+
+def test_no_depth_gets_past(tmp_path):
+    """Every depth around the parser's limit, with a key that stands twice and without: a row, or why there is none."""
+    path = tmp_path / "rows.jsonl"
+    limit = sys.getrecursionlimit()
+    deep = ['{"a":' * depth + inner + "}" * depth for depth in range(limit - 150, limit) for inner in (TWO, "1")]
+    path.write_text("\n".join(deep))
+    found = [row for _, row in rows(path)]
+    reasons = {row.reason[:17] for row in found if isinstance(row, RowError)}
+    assert len(found) == len(deep) and reasons == {TWICE[:17], "not readable JSON"}
+
+
 @pytest.mark.parametrize("content", [b"", b"{}", b'"[]"', b'[{"a": 1}', b'[{"a": "]}', b"[1] [2]", b"[{]"])
 def test_what_is_no_list_is_refused(tmp_path, content):
     (tmp_path / "rows.json").write_bytes(content)
@@ -203,6 +248,16 @@ def test_parquet_rows_are_those_that_were_written(parquet, group):
     assert cut(path, 1 << 20) == list(enumerate(CHAT, 1))
     assert len(list(chunks(path))) == -(-10 // group)
     assert origin(path, 4) == f"{path} row 4"
+
+
+def test_a_large_row_group_is_cut_in_slices(parquet):
+    content = [{"text": f"row {number}" * 20} for number in range(500)]
+    path = parquet(content, 250)
+    for size, slices in ((1, SLICES), (1 << 30, 1)):
+        some = list(chunks(path, size))
+        assert [chunk.start for chunk in some] == [0, *(chunk.stop for chunk in some[:-1])]
+        assert len(some) == 2 * slices
+    assert cut(path, 1) == cut(path, 1 << 30) == list(enumerate(content, 1))
 
 
 def test_parquet_that_gives_a_name_twice_is_refused(parquet, tmp_path):

@@ -1,14 +1,16 @@
 """The store: the same whoever makes it, found by what it was made from, whole or not there, verified before use."""
 
+import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ import pytest
 
 import minitune
 from minitune.config import DataConfig
-from minitune.data import prepare, store, workers
+from minitune.data import prepare, store, tokenise, workers
 from minitune.data.duplicates import KEYS
-from minitune.data.readers import RowError
+from minitune.data.readers import Chunk, RowError
 from minitune.data.store import Sketches, Source, key_of, open_store
+from minitune.data.templates import Document
+from minitune.data.tokenise import Task
 from minitune.data.workers import restored, stated
-from minitune.errors import RunFailed, UserError
+from minitune.errors import Interrupted, RunFailed, UserError
 from minitune.pretrained import TINY
-from minitune.tokenizer import Tokenizer, load_tokenizer
+from minitune.tokenizer import Tokenizer, build, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +147,59 @@ def test_what_a_process_cannot_do_is_said(rows: Path, tokenizer: Tokenizer, monk
     with pytest.raises(RunFailed, match=r"a process that tokenises .*rows.jsonl has ended \(exit code -9\)"):
         prepare(recipe(rows), tokenizer)
     assert stores(rows.parent / "cache") == []
+
+
+GIVES_UP = {  # on 600 letters; its library tries no more than so many ways
+    "type": "Split",
+    "pattern": {"Regex": "[ab]+[ab]+[ab]+[ab]+[cd]"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+
+
+@pytest.fixture
+def impatient(tokenizer: Tokenizer) -> Tokenizer:
+    """The tiny model's, cut by a pattern that its library gives up on for some texts."""
+    state = json.loads(tokenizer.engine.to_str())
+    state["pre_tokenizer"]["pretokenizers"].insert(0, GIVES_UP)
+    engine = build(state, Path("tokenizer.json"))
+    return replace(tokenizer, engine=engine, continuation=engine)
+
+
+@pytest.mark.parametrize(("where", "template"), [("here", "alpaca"), ("workers", "chat")])
+def test_a_text_that_the_tokenizer_gives_up_on_is_a_bad_row(
+    rows: Path, tokenizer: Tokenizer, impatient: Tokenizer, monkeypatch: pytest.MonkeyPatch, where: str, template: str
+) -> None:
+    """What is raised there is no Exception; the other rows of its batch lose nothing."""
+    with pytest.raises(BaseException, match="retry-limit") as error:
+        impatient.engine.encode("ab" * 300)
+    assert not isinstance(error.value, Exception)
+    for size in ("SMALLEST", "CHUNK", "WORTH_A_PROCESS"):
+        monkeypatch.setattr(store, size, 4000)
+    monkeypatch.setattr(store, "cores", lambda: 1 if where == "here" else 3)
+    monkeypatch.setattr(workers, "FEW", 1)
+    good = prepare(recipe(rows, template=template), tokenizer)
+    lines = rows.read_text().splitlines()
+    rows.write_text("\n".join([*lines[:250], json.dumps({"instruction": "?", "output": "ab" * 300}), *lines[250:]]))
+    got = prepare(recipe(rows, template=template, bad_rows="skip"), impatient)
+    [(entry, _, reason)] = got.store.reasons()
+    assert got.store.origin(entry) == f"{rows}:251"
+    assert reason.startswith("the tokenizer's pattern gives up on its text: ") and "retry-limit" in reason
+    assert (got.counts["rows"], got.counts["skipped"]) == (501, 1)
+    assert got.train.digest == good.train.digest
+
+
+def test_whatever_ends_a_worker_is_said(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panics(*rest: object) -> None:
+        raise Panic("the library gave up")
+
+    monkeypatch.setattr(workers, "tokenise", panics)
+    out = io.BytesIO()
+    workers.answer(out, Task(Chunk("rows.jsonl", 0, 1, 1), 0, "alpaca"), DataConfig(), tokenizer)
+    assert "Panic: the library gave up" in json.loads(out.getvalue())["error"]
 
 
 # ---- found by what it was made from
@@ -335,6 +392,105 @@ def test_two_processes_at_once_are_both_right(tmp_path: Path, tokenizer: Tokeniz
     got = prepare(DataConfig(train=(str(rows),), cache=str(cache)), tokenizer)
     assert said == [["begun", got.train.digest]] * 2
     assert len(stores(cache)) == 1
+
+
+# ---- leaving
+
+
+def a_task(rows: Path) -> Task:
+    return Task(Chunk(str(rows), 0, rows.stat().st_size, 1), 0, "alpaca")
+
+
+@pytest.mark.parametrize("heeds", [True, False])
+def test_what_this_process_tokenises_is_left_where_the_run_ends(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, heeds: bool
+) -> None:
+    """After the rows that are under way; not to heed it, which goes through all of the chunk, is the mutant."""
+    made = []
+
+    def slowly(*rest: object) -> list[list[Document]]:
+        time.sleep(0.02)
+        made.append(1)
+        return real(*rest)
+
+    real = tokenise.documents_of
+    monkeypatch.setattr(tokenise, "AT_ONCE", 1)
+    monkeypatch.setattr(tokenise, "documents_of", slowly)
+    here = workers.Here(DataConfig(), tokenizer)
+    if not heeds:
+        monkeypatch.setattr(workers.Here, "end", lambda self: None)
+
+    def tasks() -> Iterator[Task]:
+        yield a_task(write_rows(tmp_path / "rows.jsonl", 60))
+        while not made:
+            time.sleep(0.001)
+        raise Interrupted(signal.SIGTERM, "stopped")
+
+    with pytest.raises(Interrupted):
+        list(workers.shared_out(tasks(), [here], []))
+    assert (len(made) < 10) if heeds else (len(made) == 60)
+
+
+def test_a_dead_worker_is_told_of_before_earlier_work_is_done(rows: Path) -> None:
+    class Slow:
+        def __init__(self) -> None:
+            self.ended = threading.Event()
+
+        def portion(self, task: Task) -> None:
+            self.in_time = self.ended.wait(20)
+
+        def end(self) -> None:
+            self.ended.set()
+
+    class Dead(Slow):
+        def portion(self, task: Task) -> None:
+            raise RunFailed("a process has ended")
+
+    slow = Slow()
+    with pytest.raises(RunFailed, match="a process has ended"):
+        list(workers.shared_out([a_task(rows)] * 2, [slow], [Dead()]))
+    assert slow.in_time
+
+
+def test_nothing_goes_on_after_a_store_that_was_not_finished(
+    rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even while the error is still held: a thread that goes on keeps the process from ending."""
+
+    def interrupted(part: Path, portions: Iterator[object]) -> None:
+        next(iter(portions))
+        raise Interrupted(signal.SIGTERM, "stopped")
+
+    for size in ("SMALLEST", "CHUNK", "WORTH_A_PROCESS"):
+        monkeypatch.setattr(store, size, 4000)
+    monkeypatch.setattr(store, "cores", lambda: 2)
+    monkeypatch.setattr(store, "write", interrupted)
+    with pytest.raises(Interrupted) as held:
+        prepare(recipe(rows), tokenizer)
+    assert held.value.signum == signal.SIGTERM
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPool")] == []
+
+
+@pytest.mark.parametrize("ends", ["before the answer", "in the middle of a task"])
+def test_a_worker_whose_giver_of_work_has_ended_leaves_without_a_word(
+    tmp_path: Path, tokenizer: Tokenizer, ends: str
+) -> None:
+    task = json.dumps(asdict(a_task(write_rows(tmp_path / "rows.jsonl", 3000)))).encode() + b"\n"
+    where = os.environ | {"PYTHONPATH": str(Path(minitune.__file__).parents[1])}
+    worker = subprocess.Popen(
+        [sys.executable, "-c", "from minitune.data.workers import work; work()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=where,
+    )
+    workers.send(worker.stdin, {"cfg": asdict(DataConfig()), "tokenizer": stated(tokenizer)})
+    worker.stdin.write(task if ends == "before the answer" else task[:20])
+    worker.stdout.close()
+    worker.stdin.close()
+    assert worker.stderr.read() == b""
+    worker.stderr.close()
+    worker.wait(timeout=60)
 
 
 # ---- reading

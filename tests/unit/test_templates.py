@@ -1,6 +1,7 @@
 """Examples -> ids and marks: exact ids, exact marks, one bos, and transformers' own rendering as the reference."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,11 @@ from transformers import AutoTokenizer
 from minitune.data import templates
 from minitune.data.chat_template import View, rendered
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text, Turn
-from minitune.data.formats import locate, read
+from minitune.data.formats import locate, parse, read
 from minitune.data.readers import RowError
 from minitune.data.templates import Document, documents, instruction_ids, only_answer, prompt_ids
 from minitune.errors import UserError
+from minitune.pretrained import TINY
 from minitune.tokenizer import Tokenizer, load_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -592,3 +594,17 @@ def test_chat_templates_run_in_a_sandbox(plain, attack):
 def test_a_broken_chat_template_is_the_tokenizers_fault(plain):
     with pytest.raises(UserError, match="chat template has an error in line 2"):
         document(TALK, "auto", replace(plain, chat_template="a\n{% for %}"))
+
+
+def test_a_row_at_the_parsers_depth_is_no_crash():
+    """Of JSON that could just be read some cannot be looked through, or written down again: the row is a bad one."""
+    tokenizer, limit, reasons = load_tokenizer(TINY), sys.getrecursionlimit(), set()
+    for depth in range(limit - 120, limit - 10):
+        deep = '{"a":' * depth + "1" + "}" * depth
+        called = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": deep}]}
+        row = {"messages": [{"role": "user", "content": "?"}, called]}
+        try:
+            documents(parse(row, "messages"), "chat", tokenizer)
+        except RowError as error:
+            reasons.add(error.reason[:25])
+    assert {"it is too deeply nested", "is not readable JSON: max"} <= reasons
