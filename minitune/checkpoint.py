@@ -191,10 +191,4 @@ def step_of(path: Path) -> int:
 
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that is no good, so that it is in nobody's way and not lost."""
-    number, aside = 1, path.with_name(f"{path.name}.bad")
-    while os.path.lexists(aside):
-        number += 1
-        aside = path.with_name(f"{path.name}.bad.{number}")
-    os.rename(path, aside)
-    files.sync(path.parent)
-    return aside
+    return files.set_aside(path, "bad")

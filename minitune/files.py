@@ -176,6 +176,17 @@ def make_parents(path: Path) -> None:
         sync(path.parent)
 
 
+def set_aside(path: Path, mark: str) -> Path:
+    """Rename what is in the way, so that it is in nobody's way and not lost: `path.mark`, or with a number after it."""
+    number, aside = 1, path.with_name(f"{path.name}.{mark}")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.{mark}.{number}")
+    os.rename(path, aside)
+    sync(path.parent)
+    return aside
+
+
 def read_plain(path: Path, most: int) -> bytes:
     """The bytes of a plain file of at most `most`. No link is followed, and no pipe or device waited for.
 

@@ -55,6 +55,15 @@ def hidden(text: str) -> str:
     return KNOWN_FORMS.sub(HIDDEN, text)
 
 
+def shortened(text: str, most: int, last: bool = False) -> str:
+    """At most so many characters of a text, its beginning or its end. Secrets are hidden first: half of one is not
+    known for a secret any more."""
+    text = hidden(text)
+    if len(text) <= most:
+        return text
+    return f"...{text[3 - most :]}" if last else f"{text[: most - 3]}..."
+
+
 def hidden_in(value: Any) -> Any:
     """A JSON value without secrets in its texts. The name of a file that is there is left alone: it is no secret, and
     a run is known again by the names of its files."""

@@ -21,7 +21,6 @@ from minitune import (
     peft_format,
     pretrained,
     runs,
-    secrets,
     shards,
     trouble,
 )
@@ -30,7 +29,7 @@ from minitune.data import Prepared, prepare
 from minitune.data.packing import Batch, Corpus, fill
 from minitune.data.stream import Stream
 from minitune.errors import Interrupted, RunFailed, UserError
-from minitune.identity import check_identity, identity_of
+from minitune.identity import identity_of, written
 from minitune.log import NoLog, RunLog, Speed, count, say, versions
 from minitune.model import Llama
 from minitune.precision import DTYPES
@@ -65,8 +64,9 @@ def train(cfg: Config) -> dict[str, Any]:
         task = make_task(cfg, device)
         if cfg.train.resume == "never":
             parallel.on_first(lambda: runs.set_aside(task.folder))
-        elif (finished := parallel.of_first(lambda: runs.finished(task.folder))) is not None:
-            check_identity(task.folder / "run.json", finished["identity"], task.identity)
+        else:  # whose it is comes before what is left of it
+            parallel.on_first(lambda: runs.refuse_another(task.folder, task.identity))
+        if (finished := parallel.of_first(lambda: runs.finished(task.folder))) is not None:
             say(f"{task.folder} is finished ({finished['finish_reason']} at step {finished['step']}); nothing to do")
             return finished
 
@@ -87,7 +87,7 @@ class Task:
     data: Prepared
     stream: Stream
     steps: int
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # secrets and all; `written` is for files
 
 
 def make_task(cfg: Config, device: torch.device) -> Task:
@@ -116,7 +116,6 @@ def make_task(cfg: Config, device: torch.device) -> Task:
         "rows of a step (train.batch_size x train.gradient_accumulation_steps x processes)": stream.rows_per_step,
         "steps": steps,  # the learning rate of every step depends on it
     }
-    identity = secrets.hidden_in(identity)  # as it is written down, and compared with what was
     return Task(cfg, device, folder, base, tokenizer, data, stream, steps, identity)
 
 
@@ -124,8 +123,10 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     """Build the model, go on from the newest checkpoint, train, hand over."""
     cfg, folder, data = task.cfg, task.folder, task.data
     parallel.on_first(lambda: runs.refuse_others(folder))
+    parallel.on_first(lambda: runs.refuse_another(folder, task.identity))  # one may have been in it until now
     parallel.on_first(lambda: files.sweep(folder, *runs.MADE, *runs.NOTES))
     parallel.on_first(lambda: files.sweep(folder / "checkpoints", "step-*"))
+    parallel.on_first(lambda: runs.keep_changed(folder))
     model, made_of = build.compose(cfg, task.base, task.device)
     if parallel.world() == 1 and cfg.parallel.sharding in ("full", "hybrid"):
         made_of += f" (one process: parallel.sharding = '{cfg.parallel.sharding}' has nothing to shard)"
@@ -142,8 +143,9 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     samples = Samples(cfg, model, task.tokenizer, data.samples)
     samples.answer("before")  # the adapters have just been reset, or the weights loaded: this is the base itself
     progress = resume(folder, model, optimizer, task.stream, task.identity, say) or Progress()
+    identity = written(task.identity)
     facts = {
-        "identity": task.identity,
+        "identity": identity,
         "versions": versions(),
         "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "cpu",
         "data": data.counts,
@@ -159,7 +161,7 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
         with (
             stop.in_order(),
             run_log(task, progress) as log,
-            Saver(folder, cfg.save.keep_last, task.identity, progress.step) as saver,
+            Saver(folder, cfg.save.keep_last, identity, progress.step) as saver,
         ):
             loop(task, model, optimizer, progress, log, saver, stop)
     except (Interrupted, RunFailed) as ending:
