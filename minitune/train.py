@@ -155,7 +155,7 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     runs.note(folder, facts, progress, "not finished")  # before all else: from here on the folder is a run's
     if parallel.is_first():
         data.write_left_out(folder / "left_out.jsonl")
-        files.write_text(folder / "config.toml", dump(cfg))
+        files.write_bytes(folder / "config.toml", dump(cfg).encode())
 
     try:
         with (
