@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from minitune import secrets
 
@@ -47,7 +48,8 @@ def end(error: BaseException, message: str, code: int) -> None:
     """Say `message` on stderr, unless another process of the run has said the same (`said`), and exit."""
     if not getattr(error, "said", False):
         lines = [obeyed_by_nobody(secrets.shortened(line, LINE)) for line in secrets.hidden(message).split("\n")]
-        print("\n".join(lines), file=sys.stderr, flush=True)
+        with suppress(OSError):  # nobody may be there to read it
+            print("\n".join(lines), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

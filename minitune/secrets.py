@@ -119,7 +119,7 @@ def note(name: str, value: Any) -> None:
 
 def note_arguments(arguments: Sequence[str]) -> None:
     """Do so for what stands on a command line as `key=value`, `key: value` or `--key value`, TOML or not."""
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
         if equals and "://" not in name:
             value = value.strip()

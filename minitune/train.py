@@ -40,6 +40,7 @@ from minitune.samples import Samples, check_samples_fit
 from minitune.saver import Saver
 from minitune.signals import Stop, stop_signals
 from minitune.step import Outcome, Outcomes, evaluate, take_step
+from minitune.terminal import outlived
 from minitune.tokenizer import Tokenizer, load_tokenizer
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
@@ -51,11 +52,12 @@ def train(cfg: Config) -> dict[str, Any]:
     Raises:
         UserError: the recipe, the data or the model folder is wrong (before the model loads, where it can be known),
             or another run is in the folder.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was written if there was anything to save.
+        Interrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint was written if there was anything to save.
         RunFailed: the disk, the memory or a worker gave out, or three steps in a row had no finite loss or gradient.
     """
     started = time.time()
     with (
+        outlived(),
         stop_signals() as stop,
         parallel.processes(cfg.train.deterministic, cfg.parallel.timeout_seconds) as device,
         trouble.told(cfg),
