@@ -3,11 +3,12 @@
     python benchmarks/run.py --folder /tmp/bench --out benchmarks/results/H200-2026-01-31.json
     python benchmarks/run.py --folder /tmp/bench --out x.json --cases lora-fast qlora-fast --no-rivals
     python benchmarks/run.py --folder /tmp/bench --out x.json --call 3 --data data --tokenizer data/tokenizer.model
-    python benchmarks/run.py --folder /tmp/bench --out x.json --size tiny --steps 5            # on a CPU, in seconds
+    python benchmarks/run.py --folder /tmp/bench --out x.json --size tiny --steps 5            # on a CPU, in a minute
 
 The cases are in cases.toml. Each measurement runs in a process of its own: minitune's by measure.py, the rivals' by
-peers/peer.py on the very rows that minitune trained on, dumped first. Both draw the same random weights. A result is
-one object of the list in --out, with the recipe, versions and command it came from; runs add to what is there.
+peers/peer.py on the very rows that minitune trained on, dumped first. Both draw the same random weights, and train at
+one rate from the first step to the last, so that their losses may be compared. A result is one object of the list in
+--out, with the recipe, versions and command it came from, written when it is there; runs add to what is there.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import json
 import shlex
 import subprocess
 import sys
+import time
 import tomllib
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,9 @@ from minitune.train import make_stream
 
 HERE = Path(__file__).parent
 DEFAULTS = {"size": "8b", "rows": 4, "max_seq_len": 2048, "accumulation": 1, "dropout": 0.0, "steps": 12}
+POLL = 0.2  # seconds between two looks at what a measurement has left
+TINY_LENGTH = 256  # tokens a row, at most, of a tiny model: it is there to see that all runs
+CONSTANT = {"learning_rate": 1e-4, "lr_scheduler": "constant", "warmup_ratio": 0.0}
 
 
 def main() -> None:
@@ -62,6 +68,7 @@ def main() -> None:
     for name in options.cases or [name for name, case in cases.items() if options.call in (None, case["call"])]:
         case = DEFAULTS | cases[name] | {"name": name}
         case |= {key: value for key in ("size", "steps") if (value := getattr(options, key))}
+        case["max_seq_len"] = min(case["max_seq_len"], TINY_LENGTH if case["size"] == "tiny" else case["max_seq_len"])
         (left_out if "data" in case and options.data is None else chosen).append(case)
     if left_out:
         print(f"left out, since they need --data: {', '.join(case['name'] for case in left_out)}")
@@ -69,10 +76,11 @@ def main() -> None:
     recipes = {case["name"]: write_recipe(case, options) for case in chosen}
     results = json.loads(options.out.read_text()) if options.out.exists() else []
     ours: dict[str, dict[str, Any]] = {}
-    if not options.only_rivals:
-        ours = measure_ours(chosen, recipes, options)
-        results += [anywhere(found, options) for found in ours.values()]
+    for found in measure_ours(chosen, recipes, options) if not options.only_rivals else ():
+        ours[found["case"]] = found
+        results.append(anywhere(found, options))
         files.write_json(options.out, results)
+        report(found, None)
     for case in chosen if not options.no_rivals else ():
         rivals = [
             rival for rival in case.get("rivals", ()) if rival["system"] in (options.rivals or (rival["system"],))
@@ -108,8 +116,7 @@ def write_recipe(case: dict[str, Any], options: argparse.Namespace) -> Path:
         "train.gradient_accumulation_steps": case["accumulation"],
         "train.max_steps": steps,
         "train.resume": "never",
-        "optim.learning_rate": 1e-4,
-        "optim.warmup_ratio": 0.0,
+        **{f"optim.{key}": value for key, value in CONSTANT.items()},
         "eval.every_steps": 0,
         "eval.early_stopping_patience": 0,
         "save.every_steps": 0,
@@ -186,12 +193,13 @@ def write_rival(case: dict[str, Any], rival: dict[str, Any], dump: dict[str, Any
         "max_seq_len": case["max_seq_len"],
         "dropout": case["dropout"],
         "recompute": "on",
-        "attention": "flash_attention_4" if torch.cuda.is_available() else "sdpa",
         "optimizer": "adamw_torch_fused",
-        "learning_rate": 1e-4,
+        **CONSTANT,
         **dump,
         **rival,
     }
+    if rival["system"] != "unsloth":  # which chooses by itself
+        settings["attention"] = "flash_attention_4" if torch.cuda.is_available() else "sdpa"
     path = options.folder / case["name"] / f"{rival['system']}.json"
     path.write_text(json.dumps(settings, indent=1))
     return str(path)
@@ -199,39 +207,34 @@ def write_rival(case: dict[str, Any], rival: dict[str, Any], dump: dict[str, Any
 
 def measure_ours(
     cases: list[dict[str, Any]], recipes: dict[str, Path], options: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    """All of minitune's measurements, in one process (and a new one after each that it does not survive)."""
+) -> Iterator[dict[str, Any]]:
+    """Minitune's results, each as soon as it is there; in one process (and a new one after each case that it does not
+    survive)."""
+    outs = {name: recipe.with_name(f"{options.label}-result.json") for name, recipe in recipes.items()}
     tasks = {
         case["name"]: {
             "recipe": str(recipes[case["name"]]),
-            "out": str(recipes[case["name"]].with_name(f"{options.label}-result.json")),
+            "out": str(outs[case["name"]]),
             "steps": case["steps"],
             "random": case["size"],
         }
         for case in cases
     }
-    for task in tasks.values():
-        Path(task["out"]).unlink(missing_ok=True)
-    waiting, found = list(cases), {}
+    for out in outs.values():
+        out.unlink(missing_ok=True)
+    waiting = list(cases)
     while waiting:
         plan = options.folder / "plan.json"
         plan.write_text(json.dumps([tasks[case["name"]] for case in waiting]))
         log = options.folder / f"{options.label}.log"
-        code = run([str(HERE / "measure.py"), str(plan)], log, options.timeout * len(waiting))
-        before = len(waiting)
-        for case in list(waiting):
-            out = Path(tasks[case["name"]]["out"])
-            lost = not out.exists() and len(waiting) == before  # the first without a result is the one that broke it
-            if not out.exists() and not lost:
-                continue
-            waiting.remove(case)
-            before -= not lost
-            result = failure(code, log) if lost else json.loads(out.read_text())
-            found[case["name"]] = told(case, options.label, recipes[case["name"]]) | with_share(case, result)
-            report(found[case["name"]], None)
-            if lost:
-                break
-    return found
+        for ended in running([str(HERE / "measure.py"), str(plan)], log, options.timeout * len(waiting)):
+            while waiting and outs[waiting[0]["name"]].exists():
+                case = waiting.pop(0)
+                result = json.loads(outs[case["name"]].read_text())
+                yield told(case, options.label, recipes[case["name"]]) | with_share(case, result)
+            if ended and waiting:  # the first without a result is the one that broke it
+                case = waiting.pop(0)
+                yield told(case, options.label, recipes[case["name"]]) | failure(ended, log)
 
 
 def measure_rival(
@@ -252,13 +255,22 @@ def failure(code: str, log: Path) -> dict[str, Any]:
 
 def run(arguments: list[str], log: Path, timeout: int) -> str:
     """Run a script to its end; how it ended."""
-    with open(log, "w") as stream:
+    *_, code = running(arguments, log, timeout)
+    return code
+
+
+def running(arguments: list[str], log: Path, timeout: int) -> Iterator[str]:
+    """Run a script; "" now and then while it runs, at last how it ended."""
+    until, command = time.monotonic() + timeout, [sys.executable, *arguments]
+    with open(log, "w") as stream, subprocess.Popen(command, stdout=stream, stderr=stream) as script:
         try:
-            command = [sys.executable, *arguments]
-            done = subprocess.run(command, stdout=stream, stderr=stream, timeout=timeout, check=False)
-            return f"exit {done.returncode}"
-        except subprocess.TimeoutExpired:
-            return "out of time"
+            while script.poll() is None and time.monotonic() < until:
+                yield ""
+                time.sleep(POLL)
+            code = "out of time" if script.poll() is None else f"exit {script.returncode}"
+        finally:
+            script.kill()
+    yield code
 
 
 def told(case: dict[str, Any], system: str, settings: Path) -> dict[str, Any]:

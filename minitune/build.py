@@ -8,7 +8,6 @@ from minitune import adapters, attention, byhand, nf4, parallel, plan, pretraine
 from minitune.byhand import Keep
 from minitune.config import Config
 from minitune.errors import UserError
-from minitune.kernels import launch
 from minitune.model import Llama, LlamaConfig
 from minitune.offload import HostMemory
 from minitune.plan import Choice, Memory
@@ -103,7 +102,7 @@ def why_not_by_hand(model: Llama, cfg: Config, device: torch.device) -> str | No
         return ""
     if cfg.model.dtype != "bfloat16":
         return f"fused ones compute in bfloat16, not {cfg.model.dtype}"
-    return next(filter(None, map(byhand.refusal, model.layers)), None) or launch.fault(device)
+    return next(filter(None, map(byhand.refusal, model.layers)), None) or byhand.fault(model, device)
 
 
 def fill(model: Llama, cfg: Config, base: Path, device: torch.device) -> None:

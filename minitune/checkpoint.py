@@ -14,7 +14,6 @@ seed of its own (`seeds.py`). When they are written and deleted: `saver.py`. Goi
 """
 
 import errno
-import json
 import os
 import re
 import stat
@@ -29,7 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from minitune import files, optim, parallel, sharding
+from minitune import files, foreign, optim, parallel, sharding
+from minitune.errors import UserError
 from minitune.progress import Progress
 
 FILES = ("trained.safetensors", "optimizer.safetensors", "state.json")
@@ -132,9 +132,9 @@ def read_state(path: Path) -> dict[str, Any]:
 def read_small(path: Path) -> dict[str, Any]:
     """A JSON object. Raises OSError or ValueError."""
     try:
-        value = json.loads(files.read_plain(path, MOST_JSON))
-    except RecursionError:
-        raise ValueError(f"{path} is nested too deeply") from None
+        value = foreign.parse_json(files.read_plain(path, MOST_JSON), str(path))
+    except UserError as error:  # to a checkpoint it is damage
+        raise ValueError(str(error)) from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds no object")
     return value
@@ -191,10 +191,4 @@ def step_of(path: Path) -> int:
 
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that is no good, so that it is in nobody's way and not lost."""
-    number, aside = 1, path.with_name(f"{path.name}.bad")
-    while os.path.lexists(aside):
-        number += 1
-        aside = path.with_name(f"{path.name}.bad.{number}")
-    os.rename(path, aside)
-    files.sync(path.parent)
-    return aside
+    return files.set_aside(path, "bad")

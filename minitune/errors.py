@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from minitune import secrets
 
@@ -46,8 +47,9 @@ def run(main: Callable[[list[str]], None]) -> None:
 def end(error: BaseException, message: str, code: int) -> None:
     """Say `message` on stderr, unless another process of the run has said the same (`said`), and exit."""
     if not getattr(error, "said", False):
-        lines = [obeyed_by_nobody(line if len(line) <= LINE else f"{line[:LINE]}...") for line in message.split("\n")]
-        print(secrets.hidden("\n".join(lines)), file=sys.stderr, flush=True)
+        lines = [obeyed_by_nobody(secrets.shortened(line, LINE)) for line in secrets.hidden(message).split("\n")]
+        with suppress(OSError):  # nobody may be there to read it
+            print("\n".join(lines), file=sys.stderr, flush=True)
     sys.exit(code)
 
 

@@ -1,12 +1,14 @@
 """Files that are either whole or not there: written beside their place, flushed to the disk, then renamed."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -17,7 +19,7 @@ from minitune.foreign import read_json as read_json  # what is read here was wri
 if TYPE_CHECKING:
     from torch import Tensor
 
-PIECE = 2**24  # bytes at a time
+PIECE, LINES = 2**24, 1000  # bytes, and lines of JSON, at a time
 DTYPES = {  # safetensors' names, in the order in which its files hold them
     "int64": "I64",
     "float64": "F64",
@@ -58,11 +60,23 @@ def write_bytes(path: Path, data: bytes) -> str:
 
 
 def write_text(path: Path, text: str) -> str:
-    return write_bytes(path, text.encode())
+    """A text for people, without secrets; what must stay exact is for `write_bytes`."""
+    return write_bytes(path, secrets.hidden(text).encode())
 
 
 def write_json(path: Path, value: object) -> str:
-    return write_text(path, json.dumps(secrets.hidden_in(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(secrets.hidden_in(value), indent=2, ensure_ascii=False, allow_nan=False)
+    return write_bytes(path, f"{text}\n".encode())
+
+
+def write_lines(path: Path, rows: Iterable[object]) -> None:
+    """JSON, an object a line."""
+    with replacing(path) as file:
+        lines = io.BufferedWriter(file)
+        while some := list(islice(rows := iter(rows), LINES)):
+            lines.writelines(json.dumps(row).encode() + b"\n" for row in secrets.hidden_in(some))
+        lines.flush()
+        lines.detach()
 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> str:
@@ -174,6 +188,17 @@ def make_parents(path: Path) -> None:
         make_parents(path.parent)
         path.mkdir(exist_ok=True)
         sync(path.parent)
+
+
+def set_aside(path: Path, mark: str) -> Path:
+    """Rename what is in the way, so that it is in nobody's way and not lost: `path.mark`, or with a number after it."""
+    number, aside = 1, path.with_name(f"{path.name}.{mark}")
+    while os.path.lexists(aside):
+        number += 1
+        aside = path.with_name(f"{path.name}.{mark}.{number}")
+    os.rename(path, aside)
+    sync(path.parent)
+    return aside
 
 
 def read_plain(path: Path, most: int) -> bytes:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from minitune.errors import UserError
+from minitune.secrets import shortened
 
 MOST = 16_000_000  # bytes of a JSON file; those of models are of a few kB, an index of 10,000 tensors of 1 MB
 DEPTH = 64  # of objects and lists in one another
@@ -41,14 +42,14 @@ def inside(folder: Path, name: object) -> Path:
     plain = isinstance(name, str) and name and not {"/", "\\", "\0"} & set(name) and PurePosixPath(name).name == name
     if not plain or name in (".", ".."):
         raise UserError(
-            f"{folder}: {repr(name)[:100]} is no plain file name, and a file may not lie outside the folder"
+            f"{folder}: {shortened(repr(name), 100)} is no plain file name, and a file may not lie outside the folder"
         )
     path = folder / name
     try:
         target, home = path.resolve(), folder.resolve()
         found, regular = target.exists(), target.is_file()
     except (OSError, ValueError, RuntimeError):  # a name too long, one that is no text, links in a circle
-        raise UserError(f"{folder}: {name[:100]!r} cannot be the name of a file") from None
+        raise UserError(f"{folder}: {shortened(name, 100)!r} cannot be the name of a file") from None
     roots = [home]
     if home.parent.name == "snapshots":  # the Hub's cache links its snapshots to blobs beside them
         roots.append(home.parent.parent / "blobs")
@@ -119,7 +120,7 @@ def without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         raise ValueError(
-            f"the key {next(key for key in keys if keys.count(key) > 1)[:100]!r} stands twice in an object"
+            f"the key {shortened(next(key for key in keys if keys.count(key) > 1), 100)!r} stands twice in an object"
         )
     return values
 
@@ -132,7 +133,7 @@ def whole_number(text: str) -> int:
 
 def number(text: str) -> float:
     if len(text) > DIGITS or not math.isfinite(value := float(text)):
-        raise ValueError(f"{text[:50]} is no number that can be computed with")
+        raise ValueError(f"{shortened(text, 50)} is no number that can be computed with")
     return value
 
 

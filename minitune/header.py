@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from minitune.errors import UserError
 from minitune.foreign import opened, parse_json
+from minitune.secrets import shortened
 
 LONGEST = 8_000_000  # bytes of a header; 10,000 tensors take 1 MB
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,499}")
@@ -76,12 +77,12 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 def entry(name: str, said: Any, path: Path) -> Entry:
     if not NAME.fullmatch(name):
-        raise UserError(f"{path}: {name[:100]!r} is no name of a tensor")
+        raise UserError(f"{path}: {shortened(name, 100)!r} is no name of a tensor")
     if not isinstance(said, dict) or said.keys() != {"dtype", "shape", "data_offsets"}:
         raise UserError(f"{path}: {name} must have dtype, shape and data_offsets, and nothing else")
     dtype, shape, offsets = said["dtype"], said["shape"], said["data_offsets"]
     if not isinstance(dtype, str) or dtype not in BYTES:
-        raise UserError(f"{path}: {name} has the dtype {str(dtype)[:50]!r}, which is not known")
+        raise UserError(f"{path}: {name} has the dtype {shortened(str(dtype), 50)!r}, which is not known")
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
         raise UserError(f"{path}: the shape and data_offsets of {name} must be lists of whole numbers")
     start, end = offsets

@@ -1,10 +1,18 @@
-"""What a run is: all that must be the same for it to go on from what it has left."""
+"""What a run is: all that must be the same for it to go on from what it has left.
 
+Written down, an identity holds no secret. Beside a value that would have shown one stands its seal, by which the value
+is known again whatever counts as a secret by then.
+"""
+
+import hashlib
+import hmac
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from minitune import secrets
 from minitune.config import Config
 from minitune.errors import UserError
 
@@ -39,6 +47,9 @@ DRAWS = (  # of these, the ones that decide which inputs an adapter drops: a mas
     "train.fused",
 )
 
+SEALS = "sealed"  # of an identity that is written down: key -> seal of the value that was hidden
+ROUNDS = 100_000  # of a seal: what is hidden may be a password, short enough to be guessed
+
 
 def identity_of(cfg: Config, base: dict[str, str], digests: dict[str, str]) -> dict[str, Any]:
     """What must be the same for a run to go on: recipe keys that change the result, digests of base and data."""
@@ -60,11 +71,38 @@ def identity_of(cfg: Config, base: dict[str, str], digests: dict[str, str]) -> d
     return json.loads(json.dumps(things))  # as it will be read back
 
 
+def written(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity as it is written down: without secrets, and with the seals of the values that held them."""
+    clean = {key: secrets.hidden_in(value) for key, value in identity.items()}
+    seals = {key: seal(value) for key, value in identity.items() if clean[key] != value}
+    return clean | ({SEALS: seals} if seals else {})
+
+
+def seal(value: Any, salt: str | None = None) -> str:
+    """What tells a value from others, and does not tell the value."""
+    salt = salt or os.urandom(16).hex()
+    digest = hashlib.pbkdf2_hmac("sha256", json.dumps(value, sort_keys=True).encode(), salt.encode(), ROUNDS)
+    return f"{salt}:{digest.hex()}"
+
+
+def differing(saved: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """The keys in which an identity that was written down is not the expected one."""
+    seals = saved.get(SEALS)
+    seals = seals if isinstance(seals, dict) else {}
+
+    def same(key: str) -> bool:
+        value = expected.get(key)
+        if isinstance(sealed := seals.get(key), str):
+            return hmac.compare_digest(sealed.encode(), seal(value, sealed.partition(":")[0]).encode())
+        return saved.get(key) in (value, secrets.hidden_in(value))  # hidden, unsealed: of an older program
+
+    return [key for key in expected | saved if key != SEALS and not same(key)]
+
+
 def check_identity(path: Path, saved: dict[str, Any], expected: dict[str, Any]) -> None:
     """Raise UserError if what was saved at `path` is of another run, naming all that differs."""
-    changed = [key for key in expected | saved if saved.get(key) != expected.get(key)]
-    if changed:
-        lines = [f"  {key}: {told(saved.get(key))} then, {told(expected.get(key))} now" for key in changed]
+    if changed := differing(saved, expected):
+        lines = [f"  {key}: {change(saved.get(key), expected.get(key))}" for key in changed]
         draws = " Adapters with dropout draw it by micro-batch." if set(changed) & set(DRAWS) else ""
         raise UserError(
             f"{path} belongs to a run that differs from this one:\n"
@@ -74,7 +112,12 @@ def check_identity(path: Path, saved: dict[str, Any], expected: dict[str, Any]) 
         )
 
 
+def change(then: Any, now: Any) -> str:
+    """What was and what is, as far as it may be told."""
+    before, after = told(then), told(now)
+    return f"{before} then, {after} now" if before != after else f"{before} then, and something else of that form now"
+
+
 def told(value: Any) -> str:
     """A value for a message, long ones cut."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return secrets.shortened(json.dumps(value, ensure_ascii=False), 100)

@@ -1,11 +1,13 @@
 """What a run shows and writes while it goes: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
+import io
 import json
 import math
 import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ SHOWN = {  # in the bar and in lines: metric -> how
     "memory_gb": "{:.3g} GB",
     "skipped": "{}",
 }
+LONGEST = 2**16  # bytes of a line of metrics.jsonl that is kept
 IN_THE_BAR = ("loss", "eval_loss", "tokens_per_second", "memory_gb", "skipped")
 
 
@@ -116,14 +119,27 @@ def keep_metrics(path: Path, done: int) -> None:
         return
     if not files.is_plain(path):
         raise UserError(f"{path} is in the way: it is no plain file; move it elsewhere")
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            if json.loads(line)["step"] <= done:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    files.write_text(path, "".join(kept))
+    with files.replacing(path) as kept:
+        out = io.BufferedWriter(kept)
+        for line in whole_lines(path):
+            try:
+                if json.loads(line)["step"] <= done:
+                    out.write(line + b"\n")
+            except (ValueError, KeyError, TypeError, RecursionError):
+                continue
+        out.flush()
+        out.detach()
+
+
+def whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, without those that are longer than a run's can be."""
+    with open(path, "rb") as file:
+        inside = False  # of a longer one
+        while line := file.readline(LONGEST):
+            ends = line.endswith(b"\n") or len(line) < LONGEST
+            if ends and not inside:
+                yield line.removesuffix(b"\n")
+            inside = not ends
 
 
 def count(number: float) -> str:

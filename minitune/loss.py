@@ -31,7 +31,7 @@ class TokenLoss(nn.Module):
         if learned is None:
             learned = (labels != IGNORE).nonzero()[:, 0]
         hidden, labels = hidden.index_select(0, learned), labels.index_select(0, learned)  # (N, D), (N,)
-        if type(head) is nn.Linear and head.bias is None:
+        if is_plain(head):
             return HeadLoss.apply(hidden, head.weight, labels, torch.is_grad_enabled())
         total = torch.zeros((), device=hidden.device)
         for piece, targets in zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True):
@@ -40,6 +40,11 @@ class TokenLoss(nn.Module):
             else:
                 total = total + summed_cross_entropy(piece, head, targets)
         return total
+
+
+def is_plain(head: nn.Module) -> bool:
+    """Whether a head is a linear map and nothing else, whose gradient is known here."""
+    return type(head) is nn.Linear and head.bias is None
 
 
 def summed_cross_entropy(hidden: Tensor, head: nn.Module, labels: Tensor) -> Tensor:

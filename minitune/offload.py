@@ -47,6 +47,8 @@ class HostMemory:
         self.waiting.append(mine)
         with torch.autograd.graph.saved_tensors_hooks(lambda x: self.put(x, mine), lambda x: self.get(x, mine)):
             yield
+        if not mine:  # no backward pass comes for it, or nothing of it is worth a copy
+            self.waiting.pop()
         for away in self.waiting[-1 - IN_FLIGHT] if len(self.waiting) > IN_FLIGHT else ():
             self.wait(away)
             away.here = None  # compute has waited for the copy, so the memory may be used again

@@ -279,7 +279,10 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 class CompiledForward:
-    """A forward pass compiled at its first call, or plain from the first failure on."""
+    """A forward pass compiled at its first call with its backward pass, or plain from the first failure on.
+
+    Left to itself, PyTorch compiles a backward pass when it is first needed, where nothing could go back to plain.
+    """
 
     failed = False  # for all blocks at once
 
@@ -289,11 +292,13 @@ class CompiledForward:
     def __call__(self, *inputs):
         if not CompiledForward.failed:
             try:
-                return self.compiled(*inputs)
+                with torch._functorch.config.patch(force_non_lazy_backward_lowering=True):
+                    return self.compiled(*inputs)
             except torch._dynamo.exc.TorchDynamoException as error:
                 CompiledForward.failed = True
-                reason = str(error).strip().splitlines()[0]
-                say(f"blocks are not compiled after all, and run slower ({type(error).__name__}: {reason})")
+                cause = getattr(error, "inner_exception", error)  # of a backend that failed, what it said
+                reason = (str(cause).strip().splitlines() or [""])[0]
+                say(f"blocks are not compiled after all, and run slower ({type(cause).__name__}: {reason})")
         return self.plain(*inputs)
 
 

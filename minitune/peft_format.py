@@ -17,6 +17,7 @@ from minitune.config import ENDS, LINEARS, LoRAConfig, ModelConfig, what_is_wron
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
 from minitune.header import open_tensors, read_header
+from minitune.secrets import shortened
 
 HIGHEST_RANK = 65536
 FLOATS = ("F32", "F16", "BF16")
@@ -249,10 +250,14 @@ def read_shape(values: dict[str, Any], path: Path) -> dict[str, Any]:
     """Which modules an adapter_config.json is about, as fields of LoRAConfig, each held to the rules of its key."""
     layers, pattern = values.get("layers_to_transform"), values.get("layers_pattern")
     if pattern not in (None, "", [], "layers", ["layers"]):
-        raise UserError(f"{path}: layers_pattern is {str(pattern)[:100]!r}; the layers of a Llama are called layers")
+        raise UserError(
+            f"{path}: layers_pattern is {shortened(str(pattern), 100)!r}; the layers of a Llama are called layers"
+        )
     targets = values.get("target_modules")
     if isinstance(targets, list) and not all(isinstance(target, str) for target in targets):
-        raise UserError(f"{path}: target_modules must be a list of module names, here it is {str(targets)[:200]}")
+        raise UserError(
+            f"{path}: target_modules must be a list of module names, here it is {shortened(str(targets), 200)}"
+        )
     said = {
         "target_modules": sorted(set(targets)) if isinstance(targets, list) else targets,
         "exclude_modules": values.get("exclude_modules") or [],

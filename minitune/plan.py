@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from minitune.adapters import own_modules
+from minitune.adapters.whole import TrainedCopy
 from minitune.byhand import Keep
 from minitune.config import Config
-from minitune.loss import CHUNK
+from minitune.loss import CHUNK, is_plain
 from minitune.masters import SMALLEST_PAGED
 from minitune.model import LlamaConfig
 from minitune.nf4 import NF4Linear
@@ -32,9 +33,12 @@ class Memory:
     arriving: int  # a micro-batch's gradients, where they are apart from the sum until its backward pass is over
     dense: int  # one block's four-bit weights made dense
     blocks: int
+    untouched: int  # of them, the first ones, to which no backward pass comes: they keep nothing
     kept: dict[Keep, int]  # by one block, between forward and backward
     working: dict[Keep, int]  # in one block's backward pass, besides
     head: int  # the loss: one piece of logits, and the hidden states around it
+    held: int = 0  # the head's gradient while blocks compute, where it is in no sum yet
+    embedding: int = 0  # what the embedding's gradient is made of, at the end of a backward pass
     passing: int = 0  # what is here of other ranks' weights and gradients while blocks compute
     passing_head: int = 0  # and while the loss does
     passing_embedding: int = 0  # and when a forward pass begins
@@ -44,15 +48,17 @@ class Memory:
         """At the peak: in the loss, or in the backward pass of the last block or of the first, or at the embedding."""
         recomputed = sum(keep is not Keep.ALL for keep in choice.keep)
         away = min(recomputed, 3) if choice.host else recomputed  # so many are on the device at a time
-        least = choice.keep[0]
-        kept = (self.blocks - recomputed) * self.kept[Keep.ALL] + away * self.kept[least]
+        met = choice.keep[self.untouched :]  # the blocks that a backward pass comes to
+        first, last = (met[0], met[-1]) if met else (Keep.ALL, Keep.ALL)
+        kept = (len(met) - recomputed) * self.kept[Keep.ALL] + away * self.kept[first]
         always = self.weights + self.moments + (self.dense * self.blocks if choice.dense else self.dense)
         earlier = self.gradients if self.accumulates else 0
         coming = earlier + self.arriving if self.arriving else self.gradients
         return always + max(
             kept + earlier + self.head + self.passing_head,
-            kept + earlier + self.working[choice.keep[-1]] + self.passing,
-            self.kept[least] + coming + self.working[least] + self.passing,
+            kept + earlier + self.held + self.working[last] + self.passing,
+            (self.kept[first] if met else 0) + coming + self.working[first] + self.passing,
+            coming + self.embedding,
             earlier + self.passing_embedding,
             self.gradients,
         )
@@ -94,15 +100,17 @@ def memory(
     grads = sum(p.numel() * (4 if accumulates or ranks > 1 else p.itemsize) for p in trained)
     a_number = 8 + (2 if trained[0].itemsize == 2 else 0)  # two fp32 moments; the lower halves of bf16's masters
     here = numbers if cfg.optim.name == "adamw" else sum(p.numel() for p in trained if p.numel() < SMALLEST_PAGED)
-    copies = 0 if cfg.method == "full" or not by_hand else width * numbers  # adapters as they multiply
+    in_blocks = sum(p.numel() for p in model.layers.parameters() if p.requires_grad)
+    copies = 0 if cfg.method == "full" or not by_hand else width * in_blocks  # adapters as they multiply
     D, V = config.hidden_size, config.vocab_size
-    head = N * 3 * width * D + min(N, CHUNK) * V * width + (2 * 4 * V * D if cfg.method == "full" else 0)
+    head = N * 3 * width * D + loss_size(model.lm_head, N, D, V, width)
+    held, late, embedding = whole_ends(model, V * D, width, accumulates)
     kept, working = by_hand_sizes(config, cfg, N, width) if by_hand else compiled_sizes(model, config, cfg, N, width)
     four_bits = [m for m in model.layers[0].modules() if isinstance(m, NF4Linear)]
     weights = sum(p.nbytes for p in (*model.parameters(), *model.buffers()))  # buffers: what variants freeze
     full = cfg.method == "full"
     passing = passing_head = 2 * 4 * min(BUCKET, numbers) if ranks > 1 and not (full and shards > 1) else 0
-    passing_embedding = arriving = 0
+    passing_embedding, arriving = 0, late
     if shards > 1:
         shared = [p for p in model.parameters() if full or not p.requires_grad]
         block = sum(p.nbytes for p in model.layers[0].parameters() if full or not p.requires_grad)
@@ -125,14 +133,58 @@ def memory(
         arriving=arriving,
         dense=sum(width * m.in_features * m.out_features for m in four_bits),
         blocks=config.num_hidden_layers,
+        untouched=untouched_blocks(model),
         kept=kept,
         working=working,
         head=head,
+        held=held,
+        embedding=embedding,
         passing=passing,
         passing_head=passing_head,
         passing_embedding=passing_embedding,
         shards=shards,
     )
+
+
+def untouched_blocks(model: nn.Module) -> int:
+    """How many blocks, from the first on, no backward pass comes to: nothing in them or before them trains."""
+    if trains(model.model.embed_tokens):
+        return 0
+    return next((n for n, layer in enumerate(model.layers) if trains(layer)), len(model.layers))
+
+
+def trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def whole_ends(model: nn.Module, VD: int, width: int, accumulates: bool) -> tuple[int, int, int]:
+    """Of a head and an embedding of VD numbers that train as copies: the head's gradient while blocks compute; what of
+    it comes to the sum at the end only; what the embedding's gradient is made of, besides."""
+    head, table = model.lm_head, model.model.embed_tokens
+    tied = isinstance(head, TrainedCopy) and bool(head.twin)  # the head's gradient waits for the embedding's
+    held = 4 * VD if isinstance(head, TrainedCopy) and (tied or not accumulates) else 0
+    made = 0
+    if isinstance(table, TrainedCopy):
+        made = width * VD + (4 * VD if width < 4 else 0)  # as it was used, then as it trains
+        made -= 0 if tied or accumulates else 4 * VD  # the latter is the gradient itself
+    return held, held if accumulates else 0, made
+
+
+def loss_size(head: nn.Module, N: int, D: int, V: int, width: int) -> int:
+    """What the loss works with beside the hidden states, line by line in loss.py."""
+    n = min(N, CHUNK)
+    if is_plain(head):  # the piece of logits is its own gradient; fp32 sums where the weight trains
+        return n * V * width + (2 * 4 * V * D if head.weight.requires_grad else 0)
+    # By way of autograd a piece is there three times at once in fp32, as the softmax' logarithm, its gradient and the
+    # logits'; and as often as a variant keeps its output.
+    kept = sum(m.KEPT_OUTPUTS for m in (head, *head.children()) if hasattr(m, "KEPT_OUTPUTS"))
+    logits = n * V * (3 * 4 + kept * width)
+    if not isinstance(head, TrainedCopy):
+        return logits
+    as_used = width if width < 4 else 0  # a cast copy
+    sums = 4 if N > CHUNK else 0  # of the pieces before
+    made = width + (4 if sums or width < 4 else 0)  # a piece's gradient, then cast or added
+    return max(logits + (as_used + sums) * V * D, (made + sums) * V * D)
 
 
 def by_hand_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple[dict[Keep, int], dict[Keep, int]]:
@@ -161,7 +213,10 @@ def compiled_sizes(
     D, F = config.hidden_size, config.intermediate_size
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     dropped = 0 if cfg.method == "full" or cfg.lora.dropout == 0 else 3 * D + 2 * F
-    outputs = sum(m.KEPT_OUTPUTS * m.out_features for m in own_modules(model.layers[0]) if hasattr(m, "KEPT_OUTPUTS"))
+    outputs = max(
+        sum(m.KEPT_OUTPUTS * m.out_features for m in own_modules(layer) if hasattr(m, "KEPT_OUTPUTS"))
+        for layer in model.layers
+    )
     every, inputs = N * width * (7 * D + heads + 4 * F + dropped + outputs), N * width * D
     return {Keep.ALL: every, Keep.INPUT: inputs}, {Keep.ALL: N * width * F, Keep.INPUT: every + N * width * F}
 
@@ -169,15 +224,16 @@ def compiled_sizes(
 def choose(need: Memory, free: int, cfg: Config, by_hand: bool) -> Choice:
     """The fastest way that fits into `free` bytes, as far as the recipe leaves the choice; else the smallest way."""
     least = Keep.ATTENTION if by_hand else Keep.INPUT  # a compiled block is computed again as a whole
-    L, wanted = need.blocks, cfg.train.gradient_checkpointing
+    met, wanted = need.blocks - need.untouched, cfg.train.gradient_checkpointing
+    before = (Keep.ALL,) * need.untouched
     offload = cfg.train.offload if by_hand else "never"
-    again = {"auto": range(L + 1), "none": [0], "full": [L]}[wanted]
-    ways = [Choice((least,) * k + (Keep.ALL,) * (L - k)) for k in again]
+    again = {"auto": range(met + 1), "none": [0], "full": [met]}[wanted]
+    ways = [Choice(before + (least,) * k + (Keep.ALL,) * (met - k)) for k in again]
     if wanted != "none":
-        on_host = Choice((least,) * L, host=True)
+        on_host = Choice(before + (least,) * met, host=met > 0)
         ways = [on_host] if offload == "always" else [*ways, on_host] if offload == "auto" else ways
         if by_hand and offload == "never":
-            ways.append(Choice((Keep.INPUT,) * L))
+            ways.append(Choice(before + (Keep.INPUT,) * met))
     if by_hand and need.dense and need.shards == 1 and cfg.model.dense_weights != "never":
         kept = [Choice(way.keep, way.host, dense=True) for way in ways]
         ways = kept if cfg.model.dense_weights == "always" else [kept[0], *ways]

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from minitune.secrets import shortened
+
 
 @dataclass
 class Progress:
@@ -54,7 +56,7 @@ class Progress:
             raise ValueError(f"its progress does not hold just {', '.join(names)}")
         for name in names:
             if not FITS.get(name, is_count)(value[name]):
-                raise ValueError(f"its progress says {name} = {str(value[name])[:60]}")
+                raise ValueError(f"its progress says {name} = {shortened(str(value[name]), 60)}")
         progress = cls(**value)
         if max(progress.skipped, progress.evaluated, progress.best_step or 0) > progress.step:
             raise ValueError("its progress counts more steps than there were")

@@ -15,7 +15,7 @@ from minitune import checkpoint, optim, parallel, sharding
 from minitune.checkpoint import Damaged
 from minitune.data.stream import Stream
 from minitune.errors import RunFailed
-from minitune.identity import check_identity, told
+from minitune.identity import check_identity, differing, told
 from minitune.progress import Progress
 
 
@@ -100,7 +100,7 @@ def unfit(path: Path, model: nn.Module, run_is: dict[str, Any]) -> str | None:
     if (damage := checkpoint.damaged(path)) is not None:
         return damage
     state = checkpoint.read_state(path)
-    if state["identity"] != run_is:
+    if differing(state["identity"], run_is):
         return "it is of another run"
     if state["step"] != checkpoint.step_of(path):
         return f"it says it is of step {told(state['step'])}"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+from minitune import secrets
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -180,5 +182,4 @@ def compiles(text: str) -> bool:
 
 def shown(value: Any) -> str:
     """A value for a message, about as TOML writes it."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return secrets.shortened(json.dumps(value, ensure_ascii=False, default=str), 80)

@@ -14,6 +14,7 @@ from typing import Any
 from minitune import adapters, checkpoint, files, lock, parallel, pretrained
 from minitune.config import Config, load_config
 from minitune.errors import UserError
+from minitune.identity import check_identity
 from minitune.log import say
 from minitune.progress import Progress
 
@@ -52,11 +53,10 @@ def open_run(run: Path) -> tuple[Config, Path]:
 
 def finished(run: Path) -> dict[str, Any] | None:
     """run.json of a run that came to its end and still holds what it made, or None."""
-    path = run / "run.json"
-    if not path.exists():
+    if not (run / "run.json").exists():
         return None
     try:
-        facts = files.read_json(path)
+        facts = files.read_json(run / "run.json")
     except UserError as error:
         say(f"{error}; taking the run as not finished")
         return None
@@ -78,9 +78,14 @@ def what_is_missing(run: Path, facts: dict[str, Any]) -> str | None:
         file = run / name
         if name.split("/")[0] not in MADE or ".." in name or not files.is_plain(file):
             return f"{name} is missing"
-        if known != facts_of(file):
+        if not is_as(known, file):
             return f"{name} has changed"
     return None
+
+
+def is_as(known: Any, file: Path) -> bool:
+    """Whether a file is what run.json knows of it. Of another size, it is not read: it may be any size."""
+    return isinstance(known, dict) and known.get("bytes") == file.stat().st_size and known == facts_of(file)
 
 
 def made(run: Path) -> dict[str, dict[str, Any]]:
@@ -104,14 +109,49 @@ def note(run: Path, facts: dict[str, Any], progress: Progress, reason: str) -> d
     return whole
 
 
+def noted(run: Path) -> dict[str, Any] | None:
+    """run.json of a run, however far it came; None where there is none that can be read."""
+    try:
+        facts = files.read_json(run / "run.json")
+    except UserError:
+        return None
+    return facts if isinstance(facts.get("identity"), dict) else None
+
+
 def is_run(run: Path) -> bool:
     """Whether a folder is a run's, however far it came."""
-    if checkpoint.checkpoints(run):
-        return True
-    try:
-        return isinstance(files.read_json(run / "run.json").get("identity"), dict)
-    except UserError:
-        return False
+    return bool(checkpoint.checkpoints(run)) or noted(run) is not None
+
+
+def refuse_another(run: Path, identity: dict[str, Any]) -> None:
+    """Raise UserError if the folder is of a run with another identity, whatever else of it is left."""
+    facts = noted(run)
+    if facts is not None and facts["identity"]:
+        check_identity(run / "run.json", facts["identity"], identity)
+
+
+def keep_changed(run: Path) -> None:
+    """Set aside what stands where a run hands over, and is not what a run of this folder has made: somebody has
+    edited it, or put something beside it. What a run that was cut had handed over is made again, the same."""
+    facts = noted(run)
+    if facts is not None and facts.get("finished") is not True:
+        return
+    known = facts.get("made") if facts else None
+    known = known if isinstance(known, dict) else {}
+    for folder in (run / name for name in MADE if os.path.lexists(run / name)):
+        if (other := first_unknown(run, folder, known)) is not None:
+            aside = files.set_aside(folder, "kept")
+            say(f"{other} is not as the run made it; {folder.name} is set aside as {aside}, and made anew")
+
+
+def first_unknown(run: Path, folder: Path, known: dict[str, Any]) -> Path | None:
+    """A file of a folder that run.json does not know as it is; the folder itself if it is none."""
+    if not folder.is_dir():
+        return folder
+    found = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return next(
+        (p for p in found if not (files.is_plain(p) and is_as(known.get(p.relative_to(run).as_posix()), p))), None
+    )
 
 
 def refuse_others(run: Path) -> None:

@@ -12,20 +12,24 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-HIDDEN = "[hidden]"
+HIDDEN, BLACK = "[hidden]", "\u2588"
 SHORTEST = 6  # characters: a shorter value stands in too many other words
 WORDS = (
     *("token", "tokens", "key", "keys", "apikey", "secret", "secrets", "pass", "passwd", "password", "passwords"),
     *("passphrase", "pw", "pwd", "pat", "auth", "authorization", "bearer", "cookie", "credential", "credentials"),
-    *("cred", "creds", "sig", "signature", "sas"),
+    *("cred", "creds", "sig", "signature", "sas", "jwt", "passcode"),
 )
-ENDINGS = ("token", "apikey", "secret", "passwd", "password", "passphrase", "pass", "credentials")
+ENDINGS = (
+    *("token", "apikey", "secret", "passwd", "password", "passphrase", "passcode", "pass", "credentials"),
+    *("secretkey", "accesskey", "authkey", "encryptionkey", "masterkey", "privatekey", "signingkey"),
+)
 KNOWN_FORMS = re.compile(  # of Hugging Face, OpenAI and its like, GitHub, GitLab, Slack, AWS, Google, JWT, HTTP
     r"\b(?:hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[oprsu]_[A-Za-z0-9]{16,}|github_pat_\w{20,}"
     r"|glpat-[\w-]{16,}|xox[abps]-[\w-]{10,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{30,}"
@@ -33,53 +37,100 @@ KNOWN_FORMS = re.compile(  # of Hugging Face, OpenAI and its like, GitHub, GitLa
     r"|(?<=[Bb]earer )[\w.~+/=-]{8,}"
 )
 USER_IN_URL = re.compile(  # up to the last @: a password may hold a slash, where something is before a colon
-    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?:[^\s/:@'\"<>]*:[^\s'\"<>]*|[^\s/@'\"<>]+)@"
+    r"(?P<scheme>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<user>[^\s/:@'\"<>]*:[^\s'\"<>]*|[^\s/@'\"<>]+)@"
 )
 QUERY = re.compile(r"(?P<name>[?&;#](?:[\w.~-]|%[0-9A-Fa-f]{2})+=)(?P<value>[^\s&;#'\"<>]+)")
 BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+PIECES = re.compile(r"[^\s,=\[\]{}\"']+")  # of a list or a table, whole or not
+PAIRS = re.compile(r"([\w.-]+)[\"']?\s*=\s*[\[\"'\s]*([^\s,\]}\"']+)")
 noted: set[str] = set()  # values of settings that are named like a secret
 
 
 def hidden(text: str) -> str:
     """`text` with [hidden] in place of each secret."""
-    for value in sorted({*environment(), *noted}, key=len, reverse=True):
-        for form in () if is_public(value) else forms(value):
-            if form in text:
-                text = text.replace(form, HIDDEN)
+    return without(known(), text)
+
+
+def blacked_out(text: str) -> str:
+    """`text` with each secret written over, character by character: what is cut out of it is at the same place."""
+    return without(known(), text, lambda secret: BLACK * len(secret))
+
+
+def known() -> list[str]:
+    """What the environment and the settings hold, in each form, the longest first."""
+    values = sorted({*environment(), *noted}, key=len, reverse=True)
+    return [form for value in values if not is_public(value) for form in forms(value)]
+
+
+def without(secrets: list[str], text: str, instead: Callable[[str], str] = lambda secret: HIDDEN) -> str:
+    """`text` without these, and without all that has the form of a secret."""
+    for secret in secrets:
+        if secret in text:
+            text = text.replace(secret, instead(secret))
     if "://" in text:
-        text = USER_IN_URL.sub(rf"\g<scheme>{HIDDEN}@", text)
+        text = USER_IN_URL.sub(lambda found: f"{found['scheme']}{instead(found['user'])}@", text)
     if "=" in text:
-        text = QUERY.sub(lambda found: found["name"] + HIDDEN if is_name(found["name"]) else found[0], text)
+        text = QUERY.sub(
+            lambda found: found["name"] + instead(found["value"]) if is_name(found["name"]) else found[0], text
+        )
     if "PRIVATE KEY" in text:
-        text = BLOCK.sub(HIDDEN, text)
-    return KNOWN_FORMS.sub(HIDDEN, text)
+        text = BLOCK.sub(lambda found: instead(found[0]), text)
+    return KNOWN_FORMS.sub(lambda found: instead(found[0]), text)
+
+
+def shortened(text: str, most: int, last: bool = False) -> str:
+    """At most so many characters of a text, its beginning or its end. Secrets are hidden first: half of one is not
+    known for a secret any more."""
+    text = hidden(text)
+    if len(text) <= most:
+        return text
+    return f"...{text[3 - most :]}" if last else f"{text[: most - 3]}..."
 
 
 def hidden_in(value: Any) -> Any:
     """A JSON value without secrets in its texts. The name of a file that is there is left alone: it is no secret, and
     a run is known again by the names of its files."""
-    if isinstance(value, str):
-        clean = hidden(value)
-        return value if clean == value or is_file(value) else clean
-    if isinstance(value, dict):
-        return {hidden_in(key): hidden_in(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [hidden_in(inner) for inner in value]
-    return value
+    secrets = known()
+
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            text = without(secrets, value)
+            return value if text == value or is_file(value) else text
+        if isinstance(value, dict):
+            return {clean(key): clean(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [clean(inner) for inner in value]
+        return value
+
+    return clean(value)
 
 
 def note(name: str, value: Any) -> None:
-    """Take a setting's value for a secret if its name says so."""
-    if isinstance(value, str) and len(value) >= SHORTEST and is_name(name):
+    """Take a setting's value for a secret if its name says so, or the name of what is in it."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            note(f"{name}.{key}", inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            note(name, inner)
+    elif isinstance(value, str) and len(value) >= SHORTEST and is_name(name):
         noted.add(value)
 
 
-def note_arguments(arguments: Iterable[str]) -> None:
-    """Do so for what stands on a command line as `key=value`."""
-    for argument in arguments:
+def note_arguments(arguments: Sequence[str]) -> None:
+    """Do so for what stands on a command line as `key=value`, `key: value` or `--key value`, TOML or not."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
         name, equals, value = argument.partition("=")
         if equals and "://" not in name:
+            value = value.strip()
             note(name, value.strip("'\""))
+            if value.startswith(("[", "{")):
+                note(name, PIECES.findall(value))
+                note("", dict(PAIRS.findall(value)))
+        elif not equals and (pair := re.fullmatch(r"([\w.-]+):\s*(\S+)", argument)):
+            note(pair[1], pair[2].strip("'\""))
+        elif argument.startswith("-") and not following.startswith("-") and not following.isdecimal():
+            note(argument, following)
 
 
 def is_name(name: str) -> bool:
@@ -100,10 +151,10 @@ def environment() -> Iterator[str]:
 
 @lru_cache(maxsize=256)
 def forms(value: str) -> set[str]:
-    """A secret as it stands, and as it stands in a URL, in JSON, in a `repr`, or in base64."""
+    """A secret as it stands, and as it stands in a URL, in JSON, in a `repr`, in HTML, or in base64."""
     written = {value, quote(value, safe=""), quote(value), quote_plus(value)}
     written |= {re.sub("%[0-9A-F]{2}", lambda found: found[0].lower(), form) for form in written}
-    written |= {json.dumps(value)[1:-1], repr(value)[1:-1]}
+    written |= {json.dumps(value)[1:-1], repr(value)[1:-1], escape(value)}
     data = value.encode(errors="surrogateescape")
     return written | {encode(data).decode().rstrip("=") for encode in (base64.b64encode, base64.urlsafe_b64encode)}
 

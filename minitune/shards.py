@@ -17,6 +17,7 @@ from minitune import files
 from minitune.errors import UserError
 from minitune.foreign import inside, read_json
 from minitune.header import NAME, Entry, open_tensors, read_header
+from minitune.secrets import shortened
 
 if TYPE_CHECKING:  # processes that tokenise come by here, and do without torch
     from torch import Tensor
@@ -109,7 +110,7 @@ def shard_names(folder: Path) -> dict[str, str]:
         raise UserError(f"{folder / INDEX}: weight_map must be an object from tensor to file")
     for tensor, name in weight_map.items():
         if not NAME.fullmatch(tensor):
-            raise UserError(f"{folder / INDEX}: {tensor[:100]!r} is no name of a tensor")
+            raise UserError(f"{folder / INDEX}: {shortened(tensor, 100)!r} is no name of a tensor")
         if not isinstance(name, str):
             inside(folder, name)  # raises
     for name in sorted(set(weight_map.values())):

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: asked once, a run ends in order; asked twice, at once."""
+"""SIGTERM, SIGINT and SIGHUP: asked once, a run ends in order; asked twice, at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import FrameType
 
 from minitune.errors import Interrupted
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
@@ -54,21 +54,24 @@ class Stop:
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Within the block the first SIGTERM or SIGINT asks the run to stop, and the next one has its usual effect."""
+    """Within the block the first of SIGNALS asks the run to stop, and the next one has its usual effect. A SIGHUP that
+    is ignored, as nohup asks, stays so."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
         yield stop
         return
     before = {signum: signal.getsignal(signum) for signum in SIGNALS}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def note(signum: int, frame: FrameType | None) -> None:
         stop.noted = signum
-        for each in SIGNALS:
+        for each in before:
             signal.signal(each, second(before[each]))
         if not stop.patient:
             stop.heed()
 
-    for signum in SIGNALS:
+    for signum in before:
         signal.signal(signum, note)
     try:
         yield stop

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minitune.errors import UserError
+from minitune.secrets import shortened
 
 TOKENS = 2_000_000  # of a vocabulary; also the highest id
 MERGES = 4_000_000
@@ -173,5 +174,4 @@ def is_text(value: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value of a file, cut to what fits in a line."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+    return shortened(repr(value), 60)

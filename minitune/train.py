@@ -21,7 +21,6 @@ from minitune import (
     peft_format,
     pretrained,
     runs,
-    secrets,
     shards,
     trouble,
 )
@@ -30,7 +29,7 @@ from minitune.data import Prepared, prepare
 from minitune.data.packing import Batch, Corpus, fill
 from minitune.data.stream import Stream
 from minitune.errors import Interrupted, RunFailed, UserError
-from minitune.identity import check_identity, identity_of
+from minitune.identity import identity_of, written
 from minitune.log import NoLog, RunLog, Speed, count, say, versions
 from minitune.model import Llama
 from minitune.precision import DTYPES
@@ -41,6 +40,7 @@ from minitune.samples import Samples, check_samples_fit
 from minitune.saver import Saver
 from minitune.signals import Stop, stop_signals
 from minitune.step import Outcome, Outcomes, evaluate, take_step
+from minitune.terminal import outlived
 from minitune.tokenizer import Tokenizer, load_tokenizer
 
 BAD_STEPS = 3  # non-finite steps in a row that end a run
@@ -52,11 +52,12 @@ def train(cfg: Config) -> dict[str, Any]:
     Raises:
         UserError: the recipe, the data or the model folder is wrong (before the model loads, where it can be known),
             or another run is in the folder.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was written if there was anything to save.
+        Interrupted: SIGTERM, SIGINT or SIGHUP came; a checkpoint was written if there was anything to save.
         RunFailed: the disk, the memory or a worker gave out, or three steps in a row had no finite loss or gradient.
     """
     started = time.time()
     with (
+        outlived(),
         stop_signals() as stop,
         parallel.processes(cfg.train.deterministic, cfg.parallel.timeout_seconds) as device,
         trouble.told(cfg),
@@ -65,8 +66,9 @@ def train(cfg: Config) -> dict[str, Any]:
         task = make_task(cfg, device)
         if cfg.train.resume == "never":
             parallel.on_first(lambda: runs.set_aside(task.folder))
-        elif (finished := parallel.of_first(lambda: runs.finished(task.folder))) is not None:
-            check_identity(task.folder / "run.json", finished["identity"], task.identity)
+        else:  # whose it is comes before what is left of it
+            parallel.on_first(lambda: runs.refuse_another(task.folder, task.identity))
+        if (finished := parallel.of_first(lambda: runs.finished(task.folder))) is not None:
             say(f"{task.folder} is finished ({finished['finish_reason']} at step {finished['step']}); nothing to do")
             return finished
 
@@ -87,7 +89,7 @@ class Task:
     data: Prepared
     stream: Stream
     steps: int
-    identity: dict[str, Any]
+    identity: dict[str, Any]  # secrets and all; `written` is for files
 
 
 def make_task(cfg: Config, device: torch.device) -> Task:
@@ -116,7 +118,6 @@ def make_task(cfg: Config, device: torch.device) -> Task:
         "rows of a step (train.batch_size x train.gradient_accumulation_steps x processes)": stream.rows_per_step,
         "steps": steps,  # the learning rate of every step depends on it
     }
-    identity = secrets.hidden_in(identity)  # as it is written down, and compared with what was
     return Task(cfg, device, folder, base, tokenizer, data, stream, steps, identity)
 
 
@@ -124,8 +125,10 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     """Build the model, go on from the newest checkpoint, train, hand over."""
     cfg, folder, data = task.cfg, task.folder, task.data
     parallel.on_first(lambda: runs.refuse_others(folder))
+    parallel.on_first(lambda: runs.refuse_another(folder, task.identity))  # one may have been in it until now
     parallel.on_first(lambda: files.sweep(folder, *runs.MADE, *runs.NOTES))
     parallel.on_first(lambda: files.sweep(folder / "checkpoints", "step-*"))
+    parallel.on_first(lambda: runs.keep_changed(folder))
     model, made_of = build.compose(cfg, task.base, task.device)
     if parallel.world() == 1 and cfg.parallel.sharding in ("full", "hybrid"):
         made_of += f" (one process: parallel.sharding = '{cfg.parallel.sharding}' has nothing to shard)"
@@ -142,8 +145,9 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     samples = Samples(cfg, model, task.tokenizer, data.samples)
     samples.answer("before")  # the adapters have just been reset, or the weights loaded: this is the base itself
     progress = resume(folder, model, optimizer, task.stream, task.identity, say) or Progress()
+    identity = written(task.identity)
     facts = {
-        "identity": task.identity,
+        "identity": identity,
         "versions": versions(),
         "device": torch.cuda.get_device_name(task.device) if task.device.type == "cuda" else "cpu",
         "data": data.counts,
@@ -153,13 +157,13 @@ def run(task: Task, stop: Stop, started: float) -> dict[str, Any]:
     runs.note(folder, facts, progress, "not finished")  # before all else: from here on the folder is a run's
     if parallel.is_first():
         data.write_left_out(folder / "left_out.jsonl")
-        files.write_text(folder / "config.toml", dump(cfg))
+        files.write_bytes(folder / "config.toml", dump(cfg).encode())
 
     try:
         with (
             stop.in_order(),
             run_log(task, progress) as log,
-            Saver(folder, cfg.save.keep_last, task.identity, progress.step) as saver,
+            Saver(folder, cfg.save.keep_last, identity, progress.step) as saver,
         ):
             loop(task, model, optimizer, progress, log, saver, stop)
     except (Interrupted, RunFailed) as ending:

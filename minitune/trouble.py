@@ -10,6 +10,7 @@ import torch
 
 from minitune.config import Config
 from minitune.errors import RunFailed
+from minitune.secrets import shortened
 
 
 @contextmanager
@@ -53,8 +54,9 @@ def out_of_memory(cfg: Config, said: str) -> str:
         f"data.max_seq_len below {cfg.data.max_seq_len}": True,
     }
     first, then = (", ".join(knob for knob, left in knobs.items() if left) for knobs in (go_on, anew))
+    why = shortened(said.strip().splitlines()[0], 200)
     return (
-        f"out of memory ({said.strip().splitlines()[0][:200]}); the checkpoints in {checkpoints(cfg)} are whole. "
+        f"out of memory ({why}); the checkpoints in {checkpoints(cfg)} are whole. "
         + (f"Run again to go on with {first}; or " if first else "It helps to ")
         + f"start anew with {then}"
     )

@@ -133,7 +133,7 @@ def write_tokenizer(folder: Path, texts: Iterable[str]) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", CONFIG["bos_token_id"])]
     )
-    files.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    files.write_bytes(folder / "tokenizer.json", f"{tokenizer.to_str(pretty=True)}\n".encode())
     files.write_json(
         folder / "tokenizer_config.json",
         {

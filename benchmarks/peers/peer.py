@@ -3,11 +3,13 @@
     python benchmarks/peers/peer.py CASE.json OUT.json
 
 CASE.json, written by run.py: system, method, model (a folder), batches (safetensors: the very rows that minitune
-trained on), rows, accumulation, steps, dropout, recompute (on | off), attention, optimizer, learning_rate. Steps are
-timed as in measure.py. Needs the peers' own packages (trl, peft, datasets, liger-kernel, unsloth), which minitune
-itself never imports.
+trained on), rows, accumulation, steps, dropout, recompute (on | off), attention (not for unsloth, which chooses by
+itself), optimizer, learning_rate, lr_scheduler, warmup_ratio. Where a model does not load or train with that attention,
+the next best is taken, and the result says so. Steps are timed as in measure.py. Needs the peers' own packages (trl,
+peft, datasets, liger-kernel, unsloth), which minitune itself never imports.
 """
 
+import gc
 import itertools
 import json
 import os
@@ -15,10 +17,12 @@ import statistics
 import sys
 import tempfile
 import time
+import traceback
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 WARM_UP = 3
+ATTENTIONS = ["flash_attention_4", "flash_attention_2", "sdpa"]  # the fastest first
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "liger-kernel", "unsloth", "unsloth-zoo")
 
@@ -28,6 +32,35 @@ def main() -> None:
     if case["system"] == "unsloth":
         os.environ["UNSLOTH_DISABLE_STATISTICS"] = "1"
         import unsloth  # noqa: F401  (patches transformers, so it comes first)
+    if case["system"] == "unsloth":
+        result = measure(case)
+    else:
+        import trl  # noqa: F401  (a package that is not there is no attention's fault)
+
+        result = with_first_attention(lambda attention: measure(case | {"attention": attention}), case["attention"])
+    out.write_text(json.dumps(result | {"versions": installed()}))
+
+
+def with_first_attention(measure, wanted: str) -> dict:
+    """What `measure(attention)` returns with `wanted`, or else with the next best that loads and trains; those that did
+    not stand in it under attention_failed. Memory that runs out is no fault of an attention's."""
+    import torch
+
+    failed = {}
+    for attention in ATTENTIONS[ATTENTIONS.index(wanted) :] if wanted in ATTENTIONS else [wanted]:
+        try:
+            return measure(attention) | ({"attention_failed": failed} if failed else {})
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # transformers does not take that package, or its kernels do not run here
+            traceback.print_exc()
+            failed[attention] = f"{type(error).__name__}: {error}"[:300]
+        gc.collect()
+        torch.cuda.empty_cache()
+    raise RuntimeError(f"no attention trains: {failed}")
+
+
+def measure(case: dict) -> dict:
     import torch
     from safetensors.torch import load_file
     from transformers import TrainerCallback
@@ -76,8 +109,8 @@ def main() -> None:
         "gradient_accumulation_steps": case["accumulation"],
         "max_steps": case["steps"],
         "learning_rate": case["learning_rate"],
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 1,
+        "lr_scheduler_type": case["lr_scheduler"],
+        "warmup_steps": round(case["warmup_ratio"] * case["steps"]),
         "weight_decay": 0.01,
         "max_grad_norm": 0.3,
         "bf16": cuda,
@@ -114,7 +147,7 @@ def main() -> None:
     median = statistics.median(seconds[WARM_UP:])
     tokens = case["rows"] * case["accumulation"] * batches["tokens"].shape[1]
     documents = tokens * case["fill"]
-    result = {
+    return {
         "tokens_per_second": documents / median,
         "loss_tokens_per_second": documents / median * case["loss_share"],
         "step_seconds": {
@@ -131,10 +164,8 @@ def main() -> None:
         "final_loss": losses[-1] if losses else None,
         "run_seconds": time.time() - begun,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "attention": getattr(model.config, "_attn_implementation", None),
-        "versions": installed(),
+        "attention": getattr(model.config, "_attn_implementation", None),  # as the model itself says
     }
-    out.write_text(json.dumps(result))
 
 
 def peft_model(case: dict):
@@ -150,18 +181,13 @@ def peft_model(case: dict):
             bnb_4bit_compute_dtype=torch.bfloat16,
             bnb_4bit_use_double_quant=True,
         )
-    for attention in (case["attention"], "flash_attention_2", "sdpa"):
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                case["model"],
-                quantization_config=four_bits,
-                dtype=torch.bfloat16,
-                attn_implementation=attention,
-                device_map={"": 0} if torch.cuda.is_available() else None,
-            )
-            break
-        except (ImportError, ValueError) as error:  # transformers does not take that package: its own next best
-            print(f"attention {attention} is not to be had: {error}")
+    model = AutoModelForCausalLM.from_pretrained(
+        case["model"],
+        quantization_config=four_bits,
+        dtype=torch.bfloat16,
+        attn_implementation=case["attention"],
+        device_map={"": 0} if torch.cuda.is_available() else None,
+    )
     model.config.use_cache = False
     if case["method"] == "qlora":
         model = prepare_model_for_kbit_training(

@@ -15,6 +15,7 @@ from torch import nn
 
 from minitune.config import ENDS, LINEARS, LoRAConfig
 from minitune.errors import UserError
+from minitune.secrets import shortened
 
 SECONDS = 3  # in which all expressions must have met all names
 MATCH = """
@@ -76,7 +77,7 @@ def choose(model: nn.Module, cfg: LoRAConfig) -> Chosen:
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in getattr(cfg, key):
             if not found[ending(pattern)] & set(adapted):
-                raise UserError(f"lora.{key}: no adapted module's name ends in {pattern[:200]!r}")
+                raise UserError(f"lora.{key}: no adapted module's name ends in {shortened(pattern, 200)!r}")
     return Chosen({name: replace(cfg, r=ranks[name], alpha=alphas[name]) for name in adapted}, whole, rows)
 
 
@@ -84,7 +85,7 @@ def kept_whole(modules: dict[str, nn.Module], cfg: LoRAConfig, tied: bool) -> tu
     """The modules whose names end in one of cfg.modules_to_save; a tied pair goes together, the embedding first."""
     for said in cfg.modules_to_save:
         if not re.fullmatch(r"[\w.]+", said) or not any(name.endswith(said) for name in modules):
-            raise UserError(f"lora.modules_to_save: no module's name ends in {said[:200]!r}")
+            raise UserError(f"lora.modules_to_save: no module's name ends in {shortened(said, 200)!r}")
     whole = [name for name in modules if cfg.modules_to_save and name.endswith(cfg.modules_to_save)]
     for name in whole:
         if list(modules[name].children()) or type(getattr(modules[name], "weight", None)) is not nn.Parameter:
@@ -136,7 +137,7 @@ def targets(cfg: LoRAConfig, names: list[str], found: dict[str, set[str]]) -> li
     if isinstance(said, str):
         if not found[said]:
             raise UserError(
-                f"lora.target_modules: no module's whole name matches {said[:200]!r}; "
+                f"lora.target_modules: no module's whole name matches {shortened(said, 200)!r}; "
                 "an expression must match all of a name like model.layers.0.self_attn.q_proj"
             )
         return [name for name in names if name in found[said]]
@@ -209,7 +210,7 @@ def matches(patterns: Iterable[str], names: list[str]) -> dict[str, set[str]]:
     plain = [each for each in patterns if re.fullmatch(r"(\(\.\*\\\.\)\?\()?[\w.\-]*\)?", each)]
     found = {each: {name for name in names if re.fullmatch(each, name)} for each in plain if compiles(each)}
     if wild := [each for each in patterns if each not in found]:
-        shown = ", ".join(each.removeprefix(r"(.*\.)?")[:200] for each in wild)
+        shown = ", ".join(shortened(each.removeprefix(r"(.*\.)?"), 200) for each in wild)
         try:
             asked = json.dumps([wild, names])
             apart = [sys.executable, "-I", "-S", "-c", MATCH]

@@ -13,17 +13,20 @@ are plain, frozen or trained, or NF4, each bare or with LoRA (`refusal` says wha
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from minitune.adapters.lora import LoRALinear
 from minitune.byhand.attention import Keep
 from minitune.byhand.block import HandBlock, NormFunction
 from minitune.byhand.fan import Dense, lay_side_by_side
+from minitune.kernels import launch
+from minitune.kernels.swiglu import swiglu_backward
 from minitune.model import Block, Llama, RMSNorm
 from minitune.nf4 import NF4Linear
 from minitune.offload import HostMemory
 
-__all__ = ["Keep", "by_hand", "lay_side_by_side", "refusal"]
+__all__ = ["Keep", "by_hand", "fault", "lay_side_by_side", "refusal"]
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 LARGEST_RANK = 64  # what the kernels hold in registers
@@ -70,3 +73,19 @@ def refusal(block: Block) -> str | None:
     if ranks and max(ranks)[0] > LARGEST_RANK:
         return f"its adapters have a rank above {LARGEST_RANK}"
     return None
+
+
+def fault(model: Llama, device: torch.device) -> str | None:
+    """Why a CUDA device cannot run the kernels of a model's blocks, or None."""
+    ranks = [adapter.lora_A.shape[0] for adapter in model.layers.modules() if isinstance(adapter, LoRALinear)]
+    return launch.fault(device, lambda: largest_kernel(max(ranks, default=0), device))
+
+
+def largest_kernel(r: int, device: torch.device) -> None:
+    """Launch what needs most shared memory, SwiGLU's backward pass with adapters of rank r (or none), and wait."""
+    like = {"dtype": torch.bfloat16, "device": device}
+    dh, gate_up = torch.zeros(64, 64, **like), torch.zeros(64, 128, **like)
+    thin = [torch.zeros(*shape, **like) if r else None for shape in ((64, r), (64, 2 * r), (128, r), (r, 64))]
+    t, xa, B, A = thin
+    dgate_up, _, _ = swiglu_backward(dh, t, gate_up, xa, B, A)
+    dgate_up.sum().item()

@@ -96,8 +96,10 @@ def read_arguments(arguments: list[str]) -> tuple[Path, list[tuple[str, Any]], l
             try:
                 overrides.append((key, read_value(text, knobs()[key].kind if key in knobs() else str)))
             except (ValueError, RecursionError):
+                secrets.note(key, text)
+                shown = secrets.shortened(text, 200)
                 problems.append(
-                    f"{key}: {text[:200]} is not TOML; the strings in it need quotes that the shell leaves alone"
+                    f"{key}: {shown} is not TOML; the strings in it need quotes that the shell leaves alone"
                 )
         elif key in knobs() or key in sections():
             problems.append(f"{argument}: has no value; write it as key.path=value")

@@ -6,8 +6,6 @@
 `prepare` is the whole way up to the corpora; stream.py goes on from there.
 """
 
-import io
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -61,11 +59,7 @@ class Prepared:
 
     def write_left_out(self, path: Path) -> None:
         """All of `left_out`, an object a line."""
-        with files.replacing(path) as file:
-            lines = io.BufferedWriter(file)
-            lines.writelines(json.dumps(row).encode() + b"\n" for row in self.left_out())
-            lines.flush()
-            lines.detach()
+        files.write_lines(path, self.left_out())
 
 
 def prepare(cfg: DataConfig, tokenizer: Tokenizer, samples: int = 0, refuse: bool = True) -> Prepared:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from enum import IntFlag
 
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text, texts
+from minitune.secrets import shortened
 
 
 class Look(IntFlag):
@@ -106,7 +107,7 @@ def evidence(example: Example, flag: int) -> str:
         if found := pattern.search(text):
             return text[max(0, found.start() - 60) : found.end() + 60]
     answers = [answer for _, answer in exchanges(example)]
-    return answers[-1][:200] if answers else ""
+    return shortened(answers[-1], 200) if answers else ""
 
 
 def visible(text: str) -> str:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from minitune.data.looks import visible
 from minitune.errors import UserError
+from minitune.secrets import hidden
 
 Row = dict[str, Any]
 CHUNK = 4 << 20  # bytes
@@ -41,6 +42,8 @@ class RowError(Exception):
 
 def shown(text: str, most: int = LONGEST_KEY) -> str:
     """A text from a file as a message shows it: on one line, its middle left out where it is long."""
+    if len(text) > most:
+        text = hidden(text)  # half of a secret would not be known for one
     text = visible(text).replace("\n", "\\n").replace("\t", "\\t")
     tail = most // 3
     return text if len(text) <= most else f"{text[: most - tail - 3]}...{text[-tail:]}"

@@ -23,6 +23,7 @@ from jinja2.visitor import NodeTransformer
 from minitune.data.meters import BUDGET, STEP, Meters, TooMuch
 from minitune.data.prices import METHODS, priced_filters, priced_tests
 from minitune.errors import UserError
+from minitune.secrets import shortened
 
 MARKS = {"generation_opens": "\0<", "generation_closes": "\0>"}  # no text of a row holds a NUL
 LENGTH = 100_000  # characters of a template; those in use have up to 30,000
@@ -123,8 +124,7 @@ def strftime_now(format: str) -> str:
 
 def short(text: str) -> str:
     """What a template says, fit for a line of a terminal."""
-    line = "".join(c if c.isprintable() else " " for c in text[:300])
-    return line + ("..." if len(text) > 300 else "")
+    return "".join(c if c.isprintable() else " " for c in shortened(text, 300))
 
 
 # ---- the syntax tree, metered --------------------------------------------------------------------------------------

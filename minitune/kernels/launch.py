@@ -6,6 +6,8 @@ try:
 except ImportError:  # no Linux, or PyTorch without CUDA
     triton = tl = None
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,16 +31,21 @@ def blocks(n: int, size: int) -> int:
     return -(-n // size)
 
 
-def fault(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on a CUDA device, or None: tried with the smallest of them."""
+def fault(device: torch.device, largest: Callable[[], object] = lambda: None) -> str | None:
+    """Why Triton's kernels cannot run on a CUDA device, or None: tried with the smallest of them, then by `largest`,
+    which launches the one that needs most of a card and waits for it."""
     if triton is None:
         return "Triton is not installed"
     try:
         out = torch.empty(1, dtype=torch.int32, device=device)
         one_kernel[(1,)](out)
-        return None if out.item() == 1 else "Triton's kernels compute wrongly here"
+        if out.item() != 1:
+            return "Triton's kernels compute wrongly here"
+        largest()
+        return None
     except Exception as error:  # whatever a compiler, a driver or a missing file may raise
-        return f"Triton fails here: {str(error).strip().splitlines()[0][:200]}"
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"Triton fails here: {reason[:200]}"
 
 
 @jit

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from minitune import secrets
 from minitune.data import Prepared
 from minitune.data.looks import visible
 from minitune.data.store import Store
@@ -19,7 +20,7 @@ def glance(data: Prepared, tokenizer: Tokenizer) -> Iterator[str]:
     for entry in data.train_entries[:1].tolist():
         ids, trained = data.store.tokens(entry)
         first = int(np.argmax(trained))
-        before = tokenizer.decode(ids[max(0, first - 20) : first].tolist(), skip_special=False)
+        before = tokenizer.decode(ids[:first].tolist(), skip_special=False)
         learned = tokenizer.decode(ids[trained].tolist(), skip_special=False)
         yield (
             f"{visible(data.store.origin(entry))}, as the model meets it: after {quoted(before, last=True)} it learns "
@@ -29,8 +30,7 @@ def glance(data: Prepared, tokenizer: Tokenizer) -> Iterator[str]:
 
 def quoted(text: str, most: int = 60, last: bool = False) -> str:
     """A text on one line, its end or its beginning where it is long."""
-    if len(text) > most:
-        text = "..." + text[-most:] if last else text[:most] + "..."
+    text = secrets.shortened(text, most + 3, last)
     return '"' + visible(text).replace("\n", "\\n").replace("\t", "\\t") + '"'
 
 
@@ -64,9 +64,12 @@ def stretches(ids: np.ndarray, trained: np.ndarray, tokenizer: Tokenizer) -> Ite
     hidden = range(HEAD, total - TAIL) if total > HEAD + TAIL else range(0)
     ends = {*(np.flatnonzero(trained[1:] != trained[:-1]) + 1).tolist(), total}
     ends = {end for end in ends if end not in hidden} | ({hidden.start, hidden.stop} if hidden else set())
+    whole = tokenizer.decode(ids.tolist(), skip_special=False)
+    safe = secrets.blacked_out(whole)  # before it is cut
     start, before = 0, 0  # of the stretch: in tokens, and in characters
     for end in sorted(ends):
         text = tokenizer.decode(ids[:end].tolist(), skip_special=False)
+        text = text if safe == whole else safe[: len(text)]
         after = len(text) if end == total else len(text.rstrip("\ufffd"))
         if hidden and end == hidden.stop:
             yield Stretch("", False, left_out=end - start)

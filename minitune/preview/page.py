@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from html import escape
 
+from minitune import secrets
 from minitune.data.looks import visible
 from minitune.preview import Category, Found, Lengths, Preview, Shown, Stretch, Twins
 
@@ -164,7 +165,7 @@ def body(preview: Preview) -> Iterator[str]:
 
 def said(text: str, most: int | None = None) -> str:
     """Text from outside, fit to stand in the page; on one line and cut, where there is a limit."""
-    text = visible(text)
+    text = visible(secrets.hidden(text))
     if most is not None:
         text = " ".join(text.split())
         text = text if len(text) <= most else text[: most - 3] + "..."
@@ -172,7 +173,7 @@ def said(text: str, most: int | None = None) -> str:
 
 
 def row(shown: Shown) -> str:
-    learned = shown.learned if len(shown.learned) <= LEARNED else shown.learned[:LEARNED] + " ..."
+    learned = secrets.shortened(shown.learned, LEARNED)
     return (
         f'<article><header><span class="where">{said(shown.origin)}</span>'
         f'<span class="where">{shown.tokens:,} tokens, {shown.trained:,} learned</span></header>'

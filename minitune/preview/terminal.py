@@ -9,6 +9,7 @@ import textwrap
 import unicodedata
 from collections.abc import Iterator
 
+from minitune import secrets
 from minitune.data.looks import visible
 from minitune.preview import Found, Preview, Shown, Stretch, Twins
 
@@ -43,7 +44,7 @@ class Writer:
     def lines(self, preview: Preview) -> Iterator[str]:
         yield self.styled(BOLD, "Data preview") + "  " + self.styled(DIM, visible(", ".join(preview.files)))
         for warning in preview.warnings:
-            yield from textwrap.wrap(f"warning: {visible(warning)}", self.width, subsequent_indent="  ")
+            yield from textwrap.wrap(f"warning: {visible(secrets.hidden(warning))}", self.width, subsequent_indent="  ")
         how = "on a green ground" if self.colour else f"in {OPEN}brackets{CLOSE}"
         yield from self.title("What the model learns", f"trained tokens {how}")
         for row in preview.rows:
@@ -76,8 +77,7 @@ class Writer:
         yield "  " + self.styled(DIM, f"{visible(row.origin)}   {row.tokens:,} tokens, {row.trained:,} learned")
         written = "".join(self.stretch(one) for one in row.stretches)
         yield from (f"  | {line}" for line in written.split("\n"))
-        learned = row.learned if len(row.learned) <= LEARNED else row.learned[:LEARNED] + " ..."
-        yield f"  = {self.one_line(learned)}"
+        yield f"  = {self.one_line(secrets.shortened(row.learned, LEARNED))}"
 
     def stretch(self, stretch: Stretch) -> str:
         if stretch.left_out:
@@ -141,7 +141,7 @@ class Writer:
 
     def fitted(self, text: str, columns: int) -> str:
         """A text on one line of so many columns: cut, or filled up with spaces."""
-        line = " ".join(visible(text).split())
+        line = " ".join(visible(secrets.hidden(text)).split())
         if width(line) > columns:
             while width(line) > columns - 3:
                 line = line[: len(line) - max(1, (width(line) - columns + 3) // 2)]

@@ -50,7 +50,7 @@ class Job:
         """Start both, wait for them, and return the last line of what they said."""
         self.out.mkdir()
         recipe = self.out / "recipe.toml"  # the variant goes beside it: no recipe can name code
-        files.write_text(recipe, dump(replace(self.cfg, lora=replace(self.cfg.lora, variant="lora"))))
+        files.write_bytes(recipe, dump(replace(self.cfg, lora=replace(self.cfg.lora, variant="lora"))).encode())
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -88,8 +88,7 @@ def told(error: BaseException) -> str:
     """An error in one line of a table."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     kind = "" if isinstance(error, AssertionError | UserError) else f"{type(error).__name__}: "
-    text = secrets.hidden(kind + first) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
+    return secrets.shortened(kind + first, 300) or type(error).__name__
 
 
 def show(groups: Iterable[tuple[str, Iterable[Check]]], say: Callable[[str], None]) -> list[Finding]:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -196,6 +197,42 @@ def restart(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
             raise Lost(f"changed: {', '.join(sorted(changed)[:5])}")
 
 
+def restart_as_another(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
+    """Its checkpoints deleted and what it handed over edited, and started by another recipe: refused by the keys that
+    differ, and nothing is written."""
+    method = METHODS[case.index % len(METHODS)]
+    must_end_well(case.world.run(case.run, method))
+    edit(case.run)
+    if case.index % 2 == 0:
+        shutil.rmtree(case.run / "checkpoints")
+    before = tree(case.run)
+    ended = case.world.run(case.run, method, *mutant, overrides=("seed=4",))
+    must_refuse(ended, (2,))
+    must("seed: 3 then, 4 now" in ended.err, f"does not say what differs: {ended.said()}")
+    must(tree(case.run) == before, "the refused run has written something")
+
+
+def restart_edited(case: Case, mutant: tuple[Plant, ...] = ()) -> None:
+    """What it handed over edited, and started again: made anew, and what was edited is set aside whole."""
+    method = METHODS[case.index % len(METHODS)]
+    must_end_well(case.world.run(case.run, method))
+    name, text = edit(case.run)
+    ended = case.world.run(case.run, method, *mutant)
+    must_end_well(ended)
+    must_equal(case.run, case.world.straight[method])
+    kept = case.run / f"{name.parent.name}.kept" / name.name
+    must(kept.is_file() and kept.read_text() == text, f"{name} is lost")
+    must(str(kept.parent) in ended.out, f"not said where: {ended.said()}")
+
+
+def edit(run: Path) -> tuple[Path, str]:
+    """As a person edits a file of what was handed over; which, and its text."""
+    [name] = [name for name in (run / "adapter/adapter_config.json", run / "model/config.json") if name.exists()]
+    text = name.read_text().replace("{", '{"edited": true, ', 1)
+    name.write_text(text)
+    return name, text
+
+
 ROWS = [
     Row("two runs at once in a folder", race, partial(race, together=True, mutant=(mutants.no_lock,)), full=10, pr=3),
     Row(
@@ -207,4 +244,18 @@ ROWS = [
         controls=4,
     ),
     Row("finished runs started again", restart, partial(restart, mutant=(mutants.never_finished,)), full=3, pr=1),
+    Row(
+        "finished runs started by another recipe",
+        restart_as_another,
+        partial(restart_as_another, mutant=(mutants.anyones,)),
+        full=6,
+        pr=2,
+    ),
+    Row(
+        "finished runs with an edited file",
+        restart_edited,
+        partial(restart_edited, mutant=(mutants.nothing_kept,)),
+        full=6,
+        pr=2,
+    ),
 ]

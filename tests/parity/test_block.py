@@ -145,6 +145,23 @@ def test_losses_and_gradients_are_autograd_s_whatever_is_kept(method: str, kerne
         assert distance(gradients(by_hand(llama(method), own_dense=True)), first) == 0
 
 
+def test_blocks_that_no_backward_pass_comes_to_leave_nothing_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SMALLEST", 1000)
+    monkeypatch.setattr(offload, "WIDEST", 4)
+
+    def above(model: Llama) -> Llama:
+        model.layers[0].requires_grad_(False)
+        return model
+
+    host = HostMemory(CPU)
+    model = by_hand(above(llama("lora")), Keep.ATTENTION, host)
+    expected = gradients(above(llama("lora")))
+    for _ in range(3):
+        assert distance(gradients(model), expected) < 1e-5
+        assert host.waiting == []
+        model.zero_grad()
+
+
 def test_side_by_side_weights_change_nothing_and_are_the_models() -> None:
     for method in ("lora", "full"):
         model = llama(method)

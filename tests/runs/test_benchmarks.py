@@ -1,13 +1,17 @@
 """The benchmarks run, at tiny size on a CPU, so that they cannot rot; what they find there is no figure."""
 
+import importlib.util
 import json
 import runpy
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 from minitune.pretrained import TINY
 
@@ -21,12 +25,20 @@ def python(*arguments: object) -> str:
     return done.stdout
 
 
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A script as a module."""
+    monkeypatch.syspath_prepend(BENCHMARKS)  # for what they share
+    spec = importlib.util.spec_from_file_location(Path(name).stem, BENCHMARKS / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_cases_are_measured_and_told(tmp_path: Path) -> None:
     rows = tmp_path / "alpaca_en_demo.json"
     rows.write_text(json.dumps([{"instruction": f"Say {n}.", "input": "", "output": f"{n} " * 40} for n in range(400)]))
     out, cases = tmp_path / "results.json", ["lora-fast", "qlora-small", "full", "alpaca"]
     common = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 5]
-    common += ["--set", "data.max_seq_len=256"]
     printed = python(BENCHMARKS / "run.py", *common, "--no-rivals", "--data", tmp_path, "--cases", *cases)
     results = json.loads(out.read_text())
     assert [result["case"] for result in results] == cases
@@ -40,6 +52,8 @@ def test_cases_are_measured_and_told(tmp_path: Path) -> None:
         assert result["step_seconds"]["least"] <= result["step_seconds"]["median"] <= result["step_seconds"]["most"]
         assert result["recipe"]["method"] == result["method"] and result["planned_gb"] > 0
         assert result["case"] in printed
+        assert result["recipe"]["data"]["max_seq_len"] == 256  # at tiny size
+        assert (result["recipe"]["optim"]["lr_scheduler"], result["recipe"]["optim"]["warmup_ratio"]) == ("constant", 0)
 
     profile = tmp_path / "profile.json"
     recipe = tmp_path / "bench" / "lora-fast" / "recipe.toml"
@@ -79,11 +93,97 @@ def test_a_rival_gets_the_rows_that_minitune_trains_on(tmp_path: Path) -> None:
     assert result["system"] == "unsloth" and "failed" in result
     assert result["recipe"]["batches"].startswith("FOLDER/")  # results name no path of a machine
     given = safetensors.load_file(tmp_path / "bench" / result["recipe"]["batches"].removeprefix("FOLDER/"))
-    assert given["tokens"].shape == given["labels"].shape == given["positions"].shape == (16, 2048)
+    assert given["tokens"].shape == given["labels"].shape == given["positions"].shape == (16, 256)
     learned = given["labels"] != -100
     assert (given["labels"][learned] == given["tokens"][learned]).all()  # at the token's own place
     assert not learned[:, 0].any() and learned[:, 1:].all()
-    assert result["recipe"]["fill"] == 1.0 and result["recipe"]["loss_share"] == pytest.approx(2047 / 2048)
+    assert result["recipe"]["fill"] == 1.0 and result["recipe"]["loss_share"] == pytest.approx(255 / 256)
+    # One rate from first to last, as minitune's; and no attention said for whom chooses by itself.
+    told = {key: result["recipe"].get(key) for key in ("learning_rate", "lr_scheduler", "warmup_ratio", "attention")}
+    assert told == {"learning_rate": 1e-4, "lr_scheduler": "constant", "warmup_ratio": 0.0, "attention": None}
+
+
+def test_a_result_is_written_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even where the process that measures is not over, or does not survive one of the cases."""
+    run, out, seen = script("run.py", monkeypatch), tmp_path / "results.json", []
+
+    def running(arguments: list[str], log: Path, timeout: int) -> Iterator[str]:
+        """The second case of each process breaks it."""
+        log.write_text("and so it ended")
+        for number, task in enumerate(json.loads(Path(arguments[-1]).read_text())):
+            if number == 1:
+                break
+            Path(task["out"]).write_text(json.dumps({"failed": f"task {number}"}))
+            yield ""
+            seen.append([result["case"] for result in json.loads(out.read_text())])
+        yield "exit 9"
+
+    monkeypatch.setattr(run, "running", running)
+    cases = ["lora-fast", "qlora-fast", "full"]
+    asked = ["--folder", tmp_path / "bench", "--out", out, "--size", "tiny", "--steps", 5, "--no-rivals", "--cases"]
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, asked), *cases])
+    run.main()
+    assert seen == [cases[:1], cases]
+    failed = [result["failed"] for result in json.loads(out.read_text())]
+    assert failed == ["task 0", "exit 9: and so it ended", "task 0"]
+
+
+def test_a_script_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = script("run.py", monkeypatch)
+    assert run.run(["-c", "import time; time.sleep(60)"], tmp_path / "log", 1) == "out of time"
+    assert run.run(["-c", "raise SystemExit(3)"], tmp_path / "log", 60) == "exit 3"
+
+
+def test_a_plain_twin_that_no_compiler_takes_is_timed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = script("kernels.py", monkeypatch)
+    calls = []
+
+    def broken(function, **_):
+        def fast(*given):
+            raise RuntimeError("no such kernel\nand much more about it")
+
+        return fast
+
+    monkeypatch.setattr(kernels, "gpu_seconds", lambda act: (act(), 2e-6)[1])
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    assert kernels.time_plain(kernels.compiled(calls.append, 1)) == {"plain_us": 2.0}
+    monkeypatch.setattr(torch, "compile", broken)
+    assert kernels.time_plain(kernels.compiled(calls.append, 2)) == {"plain_us": 2.0, "plain_failed": "no such kernel"}
+    assert calls == [1, 2]
+    assert kernels.time_plain(broken(None)) == {"plain_failed": "no such kernel"}  # one that is not ours
+
+
+def test_a_rival_whose_attention_does_not_train_takes_the_next_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = script("peers/peer.py", monkeypatch).with_first_attention
+    tried = []
+
+    def trains_with(*good: str):
+        def measure(attention: str) -> dict:
+            tried.append(attention)
+            if attention not in good:
+                raise ValueError("its backward pass does not run here")
+            return {"attention": attention}
+
+        return measure
+
+    assert first(trains_with("flash_attention_4", "sdpa"), "flash_attention_4") == {"attention": "flash_attention_4"}
+    found = first(trains_with("sdpa"), "flash_attention_4")
+    assert found["attention"] == "sdpa" and found["attention_failed"].keys() == {
+        "flash_attention_4",
+        "flash_attention_2",
+    }
+    assert "backward pass" in found["attention_failed"]["flash_attention_4"]
+    with pytest.raises(RuntimeError, match="no attention trains"):
+        first(trains_with(), "flash_attention_2")
+
+    def without_memory(attention: str) -> dict:
+        tried.append(attention)
+        raise torch.OutOfMemoryError
+
+    del tried[:]
+    with pytest.raises(torch.OutOfMemoryError):  # another attention would need no less
+        first(without_memory, "flash_attention_4")
+    assert tried == ["flash_attention_4"]
 
 
 def test_every_case_is_in_a_call() -> None:

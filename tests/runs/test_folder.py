@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +137,100 @@ def test_a_run_json_that_is_no_runs_marks_nothing(tmp_path: Path, text: str) -> 
     assert not runs.is_run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"identity": {}}))
     assert runs.is_run(tmp_path)
+
+
+# ---- a run that has finished, and what was done to it since ----------------------------------------------------------
+
+SHORT = ("train.max_steps=2", "save.every_steps=1")
+
+
+def edit(run: Path) -> str:
+    """Of the user: another name for the base, in what was handed over."""
+    file = run / "adapter" / "adapter_config.json"
+    told = json.loads(file.read_text()) | {"base_model_name_or_path": "me/my-base"}
+    file.write_text(json.dumps(told))
+    return file.read_text()
+
+
+def damage_all(run: Path) -> None:
+    for path in checkpoint.checkpoints(run):
+        (path / "state.json").write_text("x")
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "no checkpoints, and an edited file": lambda run: (shutil.rmtree(run / "checkpoints"), edit(run)),
+    "no checkpoints, and nothing handed over": lambda run: [shutil.rmtree(run / n) for n in ("checkpoints", "adapter")],
+    "all checkpoints damaged, and nothing handed over": lambda run: (damage_all(run), shutil.rmtree(run / "adapter")),
+    "nothing": lambda run: None,
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("finished", [True, False])
+def test_another_recipe_is_refused_whatever_is_left(start: Start, tmp_path: Path, harm: str, finished: bool) -> None:
+    run, _ = start("run", *SHORT)
+    if not finished:
+        files.write_json(run / "run.json", files.read_json(run / "run.json") | {"finished": False})
+    HARMS[harm](run)
+    before = tree(run)
+    with pytest.raises(UserError, match=r"(?s)run\.json belongs to a run that differs.*seed: 3 then, 7 now"):
+        start("run", *SHORT, "seed=7", "lora.r=2")
+    assert tree(run) == before
+    again, facts = start("run", *SHORT, "seed=7", "train.resume=never")
+    assert facts["finished"] and tree(again.with_name("run.1")) == before
+
+
+def test_it_would_be_lost(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = start("run", *SHORT)
+    HARMS["no checkpoints, and an edited file"](run)
+    monkeypatch.setattr(runs, "refuse_another", lambda run, identity: None)
+    before = (run / "metrics.jsonl").read_bytes()
+    start("run", *SHORT, "seed=7")
+    assert (run / "metrics.jsonl").read_bytes() != before
+
+
+@pytest.mark.parametrize("checkpoints", [True, False])
+def test_an_edited_file_is_kept(start: Start, capsys: pytest.CaptureFixture[str], checkpoints: bool) -> None:
+    """The same recipe again: what the run made is made anew, beside what was edited."""
+    run, facts = start("run", *SHORT)
+    if not checkpoints:
+        shutil.rmtree(run / "checkpoints")
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    (run / "adapter" / "README.md").write_text("of mine")
+    text = edit(run)
+    _, again = start("run", *SHORT)
+    assert again["made"] == facts["made"] and (run / "adapter.kept" / "README.md").read_text() == "of mine"
+    assert (run / "adapter.kept" / "adapter_config.json").read_text() == text
+    assert f"adapter is set aside as {run / 'adapter.kept'}" in capsys.readouterr().out
+    edit(run)
+    start("run", *SHORT)
+    assert (run / "adapter.kept.2").exists()
+
+
+def test_what_is_as_it_was_made_is_not_kept_twice(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, facts = start("run", *SHORT)
+    (run / "adapter" / "adapter_config.json").unlink()
+    _, again = start("run", *SHORT)
+    assert again["made"] == facts["made"] and not (run / "adapter.kept").exists()
+    with monkeypatch.context() as patch:  # cut when it had handed over
+        shutil.rmtree(run / "adapter")
+        patch.setattr(runs, "made", lambda run: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start("run", *SHORT)
+    assert (run / "adapter").exists()
+    start("run", *SHORT)
+    assert not (run / "adapter.kept").exists()
+
+
+def test_a_file_that_has_grown_is_not_read(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file has any size for nothing; run.json says how large it was."""
+    run, facts = start("run", *SHORT)
+    os.truncate(run / "adapter" / "adapter_model.safetensors", 2**40)
+    real = files.sha256
+    monkeypatch.setattr(
+        files, "sha256", lambda file: real(file) if file.stat().st_size < 2**30 else pytest.fail("read")
+    )
+    assert runs.what_is_missing(run, facts) == "adapter/adapter_model.safetensors has changed"
 
 
 # ---- a folder that is moved under its run ----------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(
     assert losses(run) == losses(straight)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_signals_save_and_exit(start: Start, tmp_path: Path, signum: int, code: int) -> None:
     longer = ("train.num_epochs=15", "log.every_steps=1", "eval.every_steps=0")
     straight, _ = start("straight", *longer)
@@ -182,6 +182,22 @@ def test_signals_save_and_exit(start: Start, tmp_path: Path, signum: int, code: 
     assert "Traceback" not in errors
     stopped, _ = start("stopped", *longer)
     assert losses(stopped) == losses(straight)
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RunLog.tick
+
+    def tick(self: RunLog) -> None:
+        real(self)
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(RunLog, "tick", tick)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert start("run", "train.max_steps=2")[1]["finished"]
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_interrupted_in_process(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

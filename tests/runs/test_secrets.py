@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -290,3 +291,105 @@ def test_the_watch_would_notice(tmp_path):
     )
     done = run(["scripts/train.py", "--help"], tmp_path, telling)
     assert b"BOUND" in done.stderr and b"anary" in done.stdout
+
+
+# ---- rows that hold one ----------------------------------------------------------------------------------------------
+
+LONG = "".join(random.Random(1).choices("abcdefghijkABCDEFG0123456789", k=88))  # cut wherever it is shown
+HEAD = LONG[:10]
+
+
+@pytest.fixture
+def telling_rows(tmp_path: Path) -> list[Path]:
+    """Some that are used, and some that are not, for what is said of them."""
+    rows = [{"prompt": f"Key number {i} is {LONG} and what", "completion": f"{LONG} is it {i}"} for i in range(60)]
+    rows += [{"prompt": "x", LONG: "q", "completion": [LONG]}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + f'"{LONG}"\n' + f'{{"prompt": "{LONG}\n')
+    turns = [[{"role": role, "content": "x"}, {"role": "assistant", "content": "y"}] for role in ("user", LONG)]
+    chats = path.with_name("chats.jsonl")
+    chats.write_text("".join(json.dumps({"messages": each}) + "\n" for each in turns))
+    return [path, chats]
+
+
+@pytest.mark.parametrize("script", ["train", "data"])
+def test_rows_that_hold_a_token_are_shown_without_it(telling_rows: list[Path], tmp_path: Path, script: str) -> None:
+    out, page, cache = tmp_path / "run", tmp_path / "page.html", tmp_path / "cache"
+    keys = [
+        f"data.train={json.dumps([*map(str, telling_rows)])}",
+        f"out={out}",
+        f"data.cache={cache}",
+        "data.bad_rows=skip",
+        "data.checks=warn",
+    ]
+    keys += ["train.max_steps=1", "eval.samples=0"] if script == "train" else ["--html", str(page)]
+    done = run([f"scripts/{script}.py", *keys], tmp_path, AZURE_STORAGE_KEY=LONG)
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    written = [page] if script == "data" else [out / "left_out.jsonl", out / "config.toml", out / "run.json"]
+    for text in (done.stdout, done.stderr, *(path.read_bytes() for path in written)):
+        assert HEAD.encode() not in text and LONG[-10:].encode() not in text
+    assert b"hidden" in written[0].read_bytes() and b"hidden" in done.stdout
+    done = run([f"scripts/{script}.py", *keys, "train.resume=never"], tmp_path)  # the negative control
+    assert HEAD.encode() in done.stdout and HEAD.encode() in written[0].read_bytes()
+
+
+def test_a_text_is_cut_after_its_secrets_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_TOKEN", LONG)
+    for most in range(10, 120):
+        for last in (False, True):
+            cut = secrets.shortened(f"before it {LONG} and after", most, last)
+            assert len(cut) <= most and not any(LONG[i : i + 8] in cut for i in range(80))
+    text = f"a {LONG} b https://user:canary@host/?sig=canary"
+    black = secrets.blacked_out(text)
+    assert len(black) == len(text) and LONG[:8] not in black and "canary" not in black and black.startswith("a \u2588")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ['data.columns={token="canary-1", x=1}'],
+        ["data.columns={x=1, password='canary-1'"],
+        ['hub.tokens=["a-canary-2", "canary-1"]'],
+        ["hub.tokens=['canary-1'"],
+        ["--hf-token", "canary-1"],
+        ["token: canary-1"],
+        ["hub.token = canary-1"],
+    ],
+)
+def test_settings_are_hidden_however_they_are_given(monkeypatch, arguments):
+    monkeypatch.setattr(secrets, "noted", set())
+    secrets.note_arguments(arguments)
+    assert secrets.hidden("a canary-1 b") == "a [hidden] b"
+
+
+@pytest.mark.parametrize("value", [["canary-1"], ("canary-1",), {"value": "canary-1"}, {"a": [{"b": "canary-1"}]}])
+def test_settings_that_are_read_are_hidden(monkeypatch, value):
+    monkeypatch.setattr(secrets, "noted", set())
+    secrets.note("hub.tokens", value)
+    secrets.note("data.columns", {"token": "canary-2", "canary-3": "answer"})
+    assert secrets.hidden("canary-1 canary-2 canary-3") == "[hidden] [hidden] canary-3"
+
+
+@pytest.mark.parametrize("arguments", [["--max-new-tokens", "1234567"], ["--prompt", "token: say something"], ["a: b"]])
+def test_other_arguments_are_not(monkeypatch, arguments):
+    monkeypatch.setattr(secrets, "noted", set())
+    secrets.note_arguments(arguments)
+    assert not secrets.noted
+
+
+@pytest.mark.parametrize(
+    "name", ["SECRETKEY", "AWS_SECRETKEY", "ACCESSKEY", "ENCRYPTIONKEY", "MY_JWT", "DB_PASSCODE", "HFTOKEN"]
+)
+def test_more_names_tell_secrets(name):
+    assert secrets.is_name(name) and not secrets.is_name(f"{name}BOARD")
+
+
+def test_texts_are_written_without_secrets_and_what_a_model_needs_exactly(environment, tmp_path):
+    text = f"a {NAMED['HF_TOKEN']} <{NAMED['DB_PASSWORD']}> &lt;"
+    files.write_text(tmp_path / "page.html", text)
+    files.write_lines(tmp_path / "rows.jsonl", ({"n": n, "reason": text} for n in range(2500)))
+    assert "anary" not in (tmp_path / "page.html").read_text() + (tmp_path / "rows.jsonl").read_text()
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in lines] == list(range(2500))
+    files.write_bytes(tmp_path / "tokenizer.json", text.encode())
+    assert (tmp_path / "tokenizer.json").read_text() == text

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -350,6 +351,28 @@ def test_metrics_that_are_no_plain_file_are_in_the_way(start: Start, tmp_path: P
     with pytest.raises(Exception, match=r"metrics\.jsonl is in the way"):
         start("run")
     assert precious.read_text() == "keep me"
+
+
+def test_metrics_of_any_size_are_read_line_by_line(tmp_path: Path) -> None:
+    """A sparse file has any size for nothing, and one line."""
+    path = tmp_path / "metrics.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"step": 1, "loss": 2.5}\nno JSON\n')
+        file.seek(200_000_000)
+        file.write(b'\n{"step": 2}\n{"step": 3}\n{"step": 2, "eval_loss": 1.0}')
+    tracemalloc.start()
+    log.keep_metrics(path, 2)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+    assert path.read_text() == '{"step": 1, "loss": 2.5}\n{"step": 2}\n{"step": 2, "eval_loss": 1.0}\n'
+
+
+def test_a_manifest_of_millions_of_values_is_not_parsed(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"a": [' + "[]," * 4_000_000 + "[]]}")
+    tracemalloc.start()
+    assert checkpoint.damaged(tmp_path) is not None
+    assert tracemalloc.get_traced_memory()[1] < 100_000_000  # parsed, four times as much
+    tracemalloc.stop()
 
 
 @pytest.mark.slow

@@ -10,9 +10,11 @@ import pytest
 import torch
 from kernel_cases import CASES, Case, Draw, distance
 
-from minitune import nf4
-from minitune.kernels import four_bits, launch, softmax
+from minitune import adapters, byhand, nf4
+from minitune.config import LoRAConfig
+from minitune.kernels import four_bits, launch, softmax, swiglu
 from minitune.kernels.dropout import Dropout, kept
+from minitune.model import Llama, LlamaConfig
 
 interpreted = pytest.mark.skipif(
     launch.triton is None or os.environ.get("TRITON_INTERPRET") != "1" or not kernel_cases.interpreter_works(),
@@ -106,3 +108,54 @@ def test_what_is_kept_makes_up_for_what_is_dropped() -> None:
     assert share * drop.scale == pytest.approx(1, abs=5e-3) and drop.scale == pytest.approx(1 / 0.9, rel=1e-4)
     assert not torch.equal(kept(drop, 0, 50, 50), kept(Dropout.draw(0.1, torch.device("cpu")), 0, 50, 50))
     assert torch.equal(kept(drop, 0, 50, 50), kept(drop, 0, 60, 80)[:50, :50])  # of a place, not of a shape
+
+
+# ---- cards that cannot run them ------------------------------------------------------------------------------------
+
+
+class Launches:
+    """Stands for `launch.one_kernel`."""
+
+    def __getitem__(self, grid: tuple[int, ...]):
+        return lambda out: out.fill_(1)
+
+
+def test_a_card_that_takes_the_smallest_kernel_and_not_the_largest_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "triton", object())
+    monkeypatch.setattr(launch, "one_kernel", Launches())
+    assert launch.fault(torch.device("cpu")) is None
+    shared, launched = 64, []
+
+    def backward(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, None]:
+        t = given[1]
+        launched.append(0 if t is None else t.shape[1])
+        if launched[-1] > shared:
+            raise RuntimeError("out of resource: shared memory, Required: 5, Hardware limit: 4.\nmore of it")
+        return given[2], given[0], None
+
+    monkeypatch.setattr(byhand, "swiglu_backward", backward)
+    config = LlamaConfig(61, 64, 64, 2, 2, 2, 32, 64, 1e-5, 10000.0)
+    plain, adapted = Llama(config), Llama(config)
+    adapters.attach(adapted, LoRAConfig(r=16, rank_pattern={"layers.1.mlp.up_proj": 32}))
+    assert byhand.fault(plain, torch.device("cpu")) is None and byhand.fault(adapted, torch.device("cpu")) is None
+    shared = 16
+    assert "shared memory, Required: 5" in byhand.fault(adapted, torch.device("cpu"))
+    assert "more of it" not in byhand.fault(adapted, torch.device("cpu"))
+    assert launched == [0, 32, 32, 32]
+
+
+@interpreted
+@pytest.mark.parametrize("r", [0, 5, 64])
+def test_the_largest_kernel_is_launched(r: int, fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, launches = swiglu.swiglu_backward_kernel, []
+
+    class Noted:
+        def __getitem__(self, grid: tuple[int, ...]):
+            launches.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(swiglu, "swiglu_backward_kernel", Noted())
+    byhand.largest_kernel(r, torch.device("cpu"))
+    assert launches == [(1, 1)]

@@ -15,7 +15,7 @@ FLOORS = [
     ["identity", "launch", "watch"],
     ["kernels", "surgery", "attention", "loss", "log", "model"],
     ["header", "shards", "tokenizer_bounds", "sentencepiece_model", "tokenizer"],
-    ["signals", "lock", "trouble"],
+    ["signals", "terminal", "lock", "trouble"],
     ["nf4", "precision", "masters", "optim", "offload", "parallel", "data", "sharding"],
     ["adapters"],
     ["byhand", "plan"],

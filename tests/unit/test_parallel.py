@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._inductor import compile_fx
 
 from minitune import parallel
 from minitune.parallel import CompiledForward
@@ -41,6 +42,37 @@ def test_blocks_that_cannot_be_compiled_run_as_they_are_and_a_line_says_so(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and "not compiled" in lines[0] and "no C compiler is here" in lines[0]
     assert len(tried) == 1  # the first failure is enough for all
+
+
+def test_a_compiler_that_fails_for_the_backward_pass_alone_is_found_in_the_forward_pass(
+    blocks: nn.Module, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the real torch.compile: PyTorch itself would leave the backward graph until it is needed."""
+    real, graphs = compile_fx._compile_fx_inner, []
+
+    def forward_alone(graph, *arguments, **named):
+        graphs.append(named["is_backward"])
+        if named["is_backward"]:
+            raise RuntimeError("the assembler takes no backward kernel\nand much more about it")
+        return real(graph, *arguments, **named)
+
+    def gradients() -> list[torch.Tensor]:
+        y = x
+        for layer in blocks.layers:
+            y = layer(y).sin()
+        return torch.autograd.grad(y.sum(), list(blocks.parameters()))
+
+    x = torch.randn(2, 4)
+    expected = gradients()
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", forward_alone)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)  # nothing compiled earlier will do
+    torch._dynamo.reset()
+    parallel.compile_blocks(blocks)
+    assert all(torch.equal(ours, plain) for ours, plain in zip(gradients(), expected, strict=True))
+    assert CompiledForward.failed and graphs.count(True) == 1
+    [line] = capsys.readouterr().out.splitlines()
+    assert "not compiled" in line and "RuntimeError: the assembler takes no backward kernel" in line
+    assert not torch._functorch.config.force_non_lazy_backward_lowering  # of the process
 
 
 def test_a_mistake_of_ones_own_is_no_compiler_s(blocks: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

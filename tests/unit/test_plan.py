@@ -1,16 +1,19 @@
 """The memory plan: what it chooses, and that it is what runs were measured to need."""
 
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from minitune import adapters, nf4, plan
-from minitune.adapters import ADAPTERS
+from minitune import adapters, loss, nf4, plan
+from minitune.adapters import ADAPTERS, dora
 from minitune.byhand import Keep
 from minitune.config import Config, LoRAConfig, load_config
+from minitune.loss import TokenLoss
 from minitune.model import Llama, LlamaConfig
 from minitune.plan import Choice
 
@@ -130,3 +133,121 @@ def test_what_ranks_share_and_what_passes_between_them() -> None:
     assert 0 < shared.passing < 12e9 and alone.passing == 0
     full = needs("70b", replace(cfg, method="full"), ranks=16, shards=16)
     assert full.weights < 9.1e9 and full.moments < 45e9 and full.gradients < 18e9
+
+
+# ---- ends of the model that are adapted, or train ------------------------------------------------------------------
+
+
+def most_alive(act: Callable[[], None]) -> int:
+    """The most bytes of what PyTorch takes and gives back within `act` that are taken at once."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        act()
+    taken = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(event.nbytes() for event in sorted(taken, key=lambda event: event.start_ns())))
+
+
+V, D = 8000, 512
+SAVED, SHORT = 'lora.modules_to_save=["lm_head"]', "data.max_seq_len=8"
+ENDS = {
+    "an adapted head": ['lora.target_modules=["q_proj","lm_head"]'],
+    "a head of DoRA": ['lora.target_modules=["q_proj","lm_head"]', "lora.variant=dora"],
+    "a saved head": [SAVED],
+    "a saved head, in one piece": [SAVED, "train.batch_size=1"],
+    "a saved head, in one short piece": [SAVED, "train.batch_size=1", SHORT],
+    "a saved head, in short pieces": [SAVED, SHORT],
+    "a saved head in fp32": [SAVED, "model.dtype=float32"],
+    "a saved head in fp32, in one piece": [SAVED, "train.batch_size=1", "model.dtype=float32"],
+    "rows of the head": ["lora.trainable_token_indices={lm_head=[3, 5]}"],
+    "a saved head, tied": ['lora.modules_to_save=["embed_tokens"]', "tied"],
+}
+
+
+def small(tmp_path: Path, *keys: str) -> tuple[Llama, plan.Memory, Config]:
+    """A model of large ends and small blocks with adapters, and what is planned for two rows of 256 tokens."""
+    own = [key for key in keys if key != "tied"]
+    cfg = recipe(tmp_path, "method=lora", "data.max_seq_len=256", "train.batch_size=2", *own)
+    config = LlamaConfig(V, D, 64, 2, 4, 4, 16, 512, 1e-5, 10000.0, tie_word_embeddings="tied" in keys)
+    model = Llama(config).to(plan.DTYPES[cfg.model.dtype])
+    adapters.attach(model, cfg.lora)
+    adapters.reset(model, 0)
+    return model, plan.memory(model, config, cfg, by_hand=True), cfg
+
+
+@pytest.mark.parametrize("keys", ENDS.values(), ids=ENDS)
+def test_what_the_loss_of_a_head_that_is_not_plain_holds_is_planned(
+    tmp_path: Path, keys: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within five per cent of what is alive at the peak; by way of autograd, so a CPU holds what a card would."""
+    model, _, cfg = small(tmp_path, *keys)
+    for module in (loss, plan):
+        monkeypatch.setattr(module, "CHUNK", cfg.data.max_seq_len)  # a row is a piece
+    monkeypatch.setattr(dora, "PIECE", 2**16)
+    need = plan.memory(model, model.config, cfg, by_hand=True)
+    assert not loss.is_plain(model.lm_head)
+    shape = (cfg.train.batch_size, cfg.data.max_seq_len)
+    hidden = torch.randn(*shape, D, dtype=model.model.norm.weight.dtype, requires_grad=True)
+    labels = torch.randint(0, V, shape)
+    alive = most_alive(lambda: TokenLoss()(hidden, model.lm_head, labels).backward())
+    assert need.head == pytest.approx(alive, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_the_gradient_of_a_saved_embedding_is_made_of_is_planned(
+    tmp_path: Path, dtype: str, micro_batches: int
+) -> None:
+    saved = 'lora.modules_to_save=["embed_tokens"]'
+    steps = f"train.gradient_accumulation_steps={micro_batches}"
+    model, need, _ = small(tmp_path, saved, f"model.dtype={dtype}", steps)
+    table, gradient = model.model.embed_tokens, 4 * V * D
+    if need.accumulates:
+        table.weight.grad = torch.zeros_like(table.weight)
+    out = table(torch.randint(0, V, (2, 256)))
+    dout = torch.randn_like(out)
+    alive = most_alive(lambda: out.backward(dout)) + (gradient if need.accumulates else 0)
+    assert gradient + need.embedding == pytest.approx(alive, rel=0.05)
+
+
+def test_the_gradient_of_a_saved_head_is_there_while_blocks_compute(tmp_path: Path) -> None:
+    """But for the sum of earlier micro-batches, which has a place already; a tied one waits for the embedding's."""
+    both = ('lora.modules_to_save=["embed_tokens"]', "tied")
+    for keys, steps, held, arriving in (((SAVED,), 1, 4, 0), ((SAVED,), 2, 0, 0), (both, 1, 4, 0), (both, 2, 4, 4)):
+        _, need, _ = small(tmp_path, *keys, f"train.gradient_accumulation_steps={steps}")
+        assert (need.held, need.arriving) == (held * V * D, arriving * V * D)
+    _, need, _ = small(tmp_path, SAVED)
+    wide = replace(need, working={Keep.ALL: 10**9}, kept={Keep.ALL: 10**9})
+    rest = wide.weights + wide.moments + 2 * 10**9 + 10**9  # two blocks that keep, one that works
+    assert wide.total(Choice((Keep.ALL,) * 2)) == rest + 4 * V * D
+
+
+def test_a_saved_head_has_no_copy_that_multiplies(tmp_path: Path) -> None:
+    cfg = recipe(tmp_path, "method=lora")
+    saved = replace(cfg, lora=replace(cfg.lora, modules_to_save=("lm_head",)))
+    assert needs("8b", saved).weights - needs("8b", cfg).weights == 4 * 128256 * 4096
+
+
+# ---- blocks that no backward pass comes to -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("by_hand", [True, False], ids=["by hand", "compiled"])
+def test_blocks_below_the_first_adapter_keep_nothing(tmp_path: Path, by_hand: bool) -> None:
+    cfg = recipe(tmp_path, "method=lora", "train.batch_size=64", "train.gradient_checkpointing=full")
+    least = Keep.ATTENTION if by_hand else Keep.INPUT
+    for layers, keys, met in (
+        ((31,), {}, 1),
+        ((3, 30), {}, 29),
+        ((31,), {"modules_to_save": ("embed_tokens",)}, 32),  # the gradient goes all the way down
+        ((), {"target_modules": ("lm_head",)}, 0),
+    ):
+        some = replace(cfg, lora=replace(cfg.lora, layers_to_transform=layers, **keys))
+        need = needs("8b", some, by_hand)
+        choice = plan.choose(need, 1, some, by_hand)
+        assert need.untouched == 32 - met
+        assert choice.keep == (Keep.ALL,) * (32 - met) + (least,) * met
+        assert choice.host == (by_hand and met > 0)
+        auto = replace(some, train=replace(some.train, gradient_checkpointing="auto"))
+        roomy = plan.choose(need, int(80e9), auto, by_hand)
+        assert (str(roomy) == "no recompute") == (met < 2), (layers, str(roomy))
+        everything = Choice((Keep.ALL,) * 32)
+        more = need.total(everything) - replace(need, kept=dict.fromkeys(need.kept, 0)).total(everything)
+        assert more <= met * need.kept[Keep.ALL]
