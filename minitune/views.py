@@ -4,13 +4,14 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from minitune import files
-from minitune.errors import UserError
+from minitune.errors import RunFailed, UserError
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ def wanted(arguments: list[str], usage: str) -> tuple[Wanted, list[str]]:
         raise UserError(f"--html: there is no folder {options.html.parent}")
     if options.html and options.html.is_dir():
         raise UserError(f"--html: {options.html} is a folder; name a file in it")
+    if options.html:
+        check_takes_files(options.html.parent)
     return Wanted(options.html, options.json), rest
 
 
@@ -45,16 +48,34 @@ def show(
 ) -> None:
     """Write and print what is wanted of it. `text` is asked with whether it is to be in colour, and ends its line."""
     if wanted.html:
-        files.write_text(wanted.html, html())
+        try:
+            files.write_text(wanted.html, html())
+        except OSError as error:
+            raise RunFailed(f"--html: {wanted.html} cannot be written ({error.strerror or error})") from None
     if wanted.json:
-        print(json.dumps(as_object()))
+        say(json.dumps(as_object()) + "\n")
         return
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every character
     end = f"\nThe page is in {wanted.html}\n" if wanted.html else ""
+    say(text(in_colour(sys.stdout)) + end)
+
+
+def check_takes_files(folder: Path) -> None:
+    """Before any work: of some folders, such as /proc, only trying tells."""
     try:
-        print(text(in_colour(sys.stdout)) + end, end="", flush=True)
-    except BrokenPipeError:  # whoever reads has seen enough, as `| head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"--html: no file can be written in {folder} ({error.strerror or error})") from None
+
+
+def say(text: str) -> None:
+    """Print all of it, or say why not; whoever reads may have seen enough before its end, as `| head` has."""
+    try:
+        print(text, end="", flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest goes as Python ends
+        if not isinstance(error, BrokenPipeError):
+            raise RunFailed(f"what was found out cannot be printed ({error.strerror or error})") from None
 
 
 def in_colour(stream: TextIO, environment: Mapping[str, str] = os.environ) -> bool:

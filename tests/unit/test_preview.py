@@ -1,6 +1,7 @@
 """The preview: what it says of rows that are known, and that no row can say anything to page or terminal."""
 
 import base64
+import errno
 import hashlib
 import io
 import json
@@ -21,6 +22,7 @@ import pytest
 from minitune import views
 from minitune.config import DataConfig
 from minitune.data import prepare
+from minitune.errors import RunFailed, UserError
 from minitune.pretrained import TINY
 from minitune.preview import Category, Found, Lengths, Preview, Shown, Stretch, Twins, documents, page, terminal
 from minitune.preview.documents import glance, stretches
@@ -385,6 +387,35 @@ def test_whoever_reads_may_stop_reading() -> None:
         process.stdout.close()
         errors = process.stderr.read()
         assert (process.wait(60) > 0) == ended and ("BrokenPipeError" in errors) == ended
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("json", [True, False])
+def test_what_cannot_be_printed_is_said(json: bool) -> None:
+    """The control, a plain print, ends in a traceback."""
+    shown = f"views.show(views.Wanted(None, {json}), lambda colour: 'a line\\n', None, dict)"
+    for code, expected in ((f"errors.run(lambda _: {shown})", 1), ("print('a line', flush=True)", 0)):
+        line = [sys.executable, "-c", f"from minitune import errors, views; {code}"]
+        with open("/dev/full", "w") as full:
+            ended = subprocess.run(line, check=False, stdout=full, stderr=subprocess.PIPE, text=True)
+        said = ended.stderr == "failed: what was found out cannot be printed (No space left on device)\n"
+        assert (ended.returncode == 1 and said) == expected
+        assert ("Traceback" in ended.stderr) != expected
+
+
+def test_a_page_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any work where trying tells; where the disk fills up later, then."""
+    with pytest.raises(UserError, match=r"--html: no file can be written in /proc"):
+        views.wanted(["--html", "/proc/page.html"], "")
+    wanted, rest = views.wanted(["--html", str(tmp_path / "page.html"), "a=b"], "")
+    assert rest == ["a=b"] and list(tmp_path.iterdir()) == []
+
+    def full(*rest: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(views.files, "write_text", full)
+    with pytest.raises(RunFailed, match=r"page.html cannot be written \(No space left on device\)"):
+        views.show(wanted, lambda colour: "", lambda: "<p>", dict)
 
 
 def test_marks_and_joiners_take_no_column() -> None:

@@ -452,25 +452,6 @@ def test_a_dead_worker_is_told_of_before_earlier_work_is_done(rows: Path) -> Non
     assert slow.in_time
 
 
-def test_nothing_goes_on_after_a_store_that_was_not_finished(
-    rows: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Even while the error is still held: a thread that goes on keeps the process from ending."""
-
-    def interrupted(part: Path, portions: Iterator[object]) -> None:
-        next(iter(portions))
-        raise Interrupted(signal.SIGTERM, "stopped")
-
-    for size in ("SMALLEST", "CHUNK", "WORTH_A_PROCESS"):
-        monkeypatch.setattr(store, size, 4000)
-    monkeypatch.setattr(store, "cores", lambda: 2)
-    monkeypatch.setattr(store, "write", interrupted)
-    with pytest.raises(Interrupted) as held:
-        prepare(recipe(rows), tokenizer)
-    assert held.value.signum == signal.SIGTERM
-    assert [thread.name for thread in threading.enumerate() if thread.name.startswith("ThreadPool")] == []
-
-
 @pytest.mark.parametrize("ends", ["before the answer", "in the middle of a task"])
 def test_a_worker_whose_giver_of_work_has_ended_leaves_without_a_word(
     tmp_path: Path, tokenizer: Tokenizer, ends: str
