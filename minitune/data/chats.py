@@ -15,6 +15,7 @@ from minitune.data.encoding import Answer, Script
 from minitune.data.examples import Chat, Turn
 from minitune.data.readers import RowError
 from minitune.data.sandbox import MARKS, to_json
+from minitune.secrets import shortened
 from minitune.tokenizer import Tokenizer
 
 OPENS, CLOSES = MARKS.values()
@@ -115,7 +116,7 @@ def marked_answer(prompt: str, upto: str, name: str, tokenizer: Tokenizer) -> tu
     if rest in closers(tokenizer):  # unmarked, it would never be learned, and the model would never stop
         spans[-1] = (spans[-1][0], len(upto.rstrip()))
     elif rest:
-        raise RowError(f"goes on after what the chat template marks as generated, with {rest[:40]!r}", name)
+        raise RowError(f"goes on after what the chat template marks as generated, with {shortened(rest, 40)!r}", name)
     return upto, Answer(len(prompt), tuple(spans))
 
 
@@ -154,7 +155,7 @@ def refuse_partly_shown(turn: Turn, text: str, name: str) -> None:
     calls = [call["function"]["name"] for call in more.get("tool_calls", ())]
     for said in (turn.text, more.get("reasoning_content", ""), *calls):
         if not shows(text, said):
-            raise RowError(f"is left out in part by the chat template: {said.strip()[:40]!r}", name)
+            raise RowError(f"is left out in part by the chat template: {shortened(said.strip(), 40)!r}", name)
 
 
 def shows(text: str, said: str) -> bool:

@@ -14,6 +14,7 @@ from minitune.data.readers import TWICE, shown
 from minitune.data.store import Store
 from minitune.data.tokenise import BAD, CUT, HIDES_TOOLS, RAW, STOPS
 from minitune.errors import UserError
+from minitune.secrets import shortened
 
 SHOWN = 10  # of the rows that a message is about
 KINDS = 1000  # of reasons that are counted apart, as a file could give each row one of its own
@@ -174,4 +175,4 @@ def kind_of(reason: str, key: str = "") -> str:
     if TWICE in reason:
         return TWICE
     place = OWN_NAMES.sub(r"\1", key)
-    return VARYING.sub("", f"{place}{reason.removeprefix(key)}"[:200])
+    return VARYING.sub("", shortened(f"{place}{reason.removeprefix(key)}", 200))
