@@ -87,21 +87,22 @@ case("turn with a narrow head", run_turn, {"adapted": True, "h": 20, "sign": 1},
 # ---- SwiGLU ---------------------------------------------------------------------------------------------------------
 
 
-def run_swiglu(draw, adapted, down, drop, r, scale):
-    N, F = 77, 200
+def run_swiglu(draw, adapted, down, drop, r, scale, again=True, N=77):
+    F = 200
     dropout = draw.dropout() if drop else None
     gate_up, dh = draw(N, 2 * F), draw(N, F)
     xa, B = (draw(N, 2 * r), draw(2 * F, r, thin=True)) if adapted else (None, None)
     A, t = (draw(r, F, thin=True), draw(N, r)) if down else (None, None)
     forward = swiglu.swiglu(gate_up, xa, B, A, scale, dropout)
-    return (*forward, *swiglu.swiglu_backward(dh, t, gate_up.clone(), xa, B, A, scale, dropout))
+    return (*forward, *swiglu.swiglu_backward(dh, t, gate_up.clone(), xa, B, A, scale, dropout, again))
 
 
 def swapped(draw, **keys):
     """gate and up in each other's place."""
     gate_up, dh = draw(77, 400), draw(77, 200)
     turned = gate_up.roll(200, 1)
-    return (*swiglu.swiglu(turned, None, None, None), *swiglu.swiglu_backward(dh, None, turned, None, None, None))
+    forward = swiglu.swiglu(turned, None, None, None)
+    return (*forward, *swiglu.swiglu_backward(dh, None, turned, None, None, None, again=True))
 
 
 CASES.append(
@@ -120,6 +121,8 @@ for adapted, down, drop, r in (
 ):
     right = {"adapted": adapted, "down": down, "drop": drop, "r": r, "scale": SCALE}
     case(f"swiglu {adapted=} {down=} {drop=} {r=}", run_swiglu, right, {"scale": 1.2 * SCALE})
+many = {"adapted": True, "down": True, "drop": True, "r": 5, "scale": SCALE, "again": False, "N": 700}
+case("swiglu, many tokens, h not again", run_swiglu, many, {"drop": False})
 
 
 # ---- thin products --------------------------------------------------------------------------------------------------

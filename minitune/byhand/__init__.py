@@ -21,7 +21,9 @@ from minitune.byhand.attention import Keep
 from minitune.byhand.block import HandBlock, NormFunction
 from minitune.byhand.fan import Dense, lay_side_by_side
 from minitune.kernels import launch
-from minitune.kernels.swiglu import swiglu_backward
+from minitune.kernels.dropout import Dropout
+from minitune.kernels.low_rank import down, gradient
+from minitune.kernels.swiglu import swiglu
 from minitune.model import Block, Llama, RMSNorm
 from minitune.nf4 import NF4Linear
 from minitune.offload import HostMemory
@@ -77,15 +79,18 @@ def refusal(block: Block) -> str | None:
 
 def fault(model: Llama, device: torch.device) -> str | None:
     """Why a CUDA device cannot run the kernels of a model's blocks, or None."""
-    ranks = [adapter.lora_A.shape[0] for adapter in model.layers.modules() if isinstance(adapter, LoRALinear)]
-    return launch.fault(device, lambda: largest_kernel(max(ranks, default=0), device))
+    adapters = [adapter for adapter in model.layers.modules() if isinstance(adapter, LoRALinear)]
+    r = max((adapter.lora_A.shape[0] for adapter in adapters), default=0)
+    share = max((adapter.dropout for adapter in adapters), default=0.0)
+    return launch.fault(device, lambda: largest_kernels(r, share, device))
 
 
-def largest_kernel(r: int, device: torch.device) -> None:
-    """Launch what needs most shared memory, SwiGLU's backward pass with adapters of rank r (or none), and wait."""
+def largest_kernels(r: int, share: float, device: torch.device) -> None:
+    """Launch what needs most shared memory with adapters of rank r (0: none) that drop a share, and wait: SwiGLU, or
+    dropout's thin products for three adapters, of as many rows as are taken at once."""
     like = {"dtype": torch.bfloat16, "device": device}
-    dh, gate_up = torch.zeros(64, 64, **like), torch.zeros(64, 128, **like)
-    thin = [torch.zeros(*shape, **like) if r else None for shape in ((64, r), (64, 2 * r), (128, r), (r, 64))]
-    t, xa, B, A = thin
-    dgate_up, _, _ = swiglu_backward(dh, t, gate_up, xa, B, A)
-    dgate_up.sum().item()
+    thin = [torch.zeros(*shape, **like) if r else None for shape in ((64, 2 * r), (128, r), (r, 64))]
+    swiglu(torch.zeros(64, 128, **like), *thin)[0].sum().item()
+    if r and share:
+        x, A, drop = torch.zeros(8256, 128, **like), torch.zeros(3 * r, 128, **like), Dropout.draw(share, device)
+        gradient(down(x, A, 1.0, 3, drop), x, 3, drop).sum().item()

@@ -120,16 +120,17 @@ class BlockFunction(torch.autograd.Function):
         # The MLP: out = x2 + down(silu(gate) * up)
         t = hand.down.down_back(dout)
         dh = hand.down.product_back(dout)
-        dgate_up, h, t_gate_up = swiglu_backward(
-            dh, t, gate_up, xa_gate_up, hand.gate_up.B, hand.down.A, hand.gate_up.scaling, drops[3]
-        )
+        dgate_up, h, t_gate_up, dB, dA = swiglu_backward(
+            dh, t, gate_up, xa_gate_up, hand.gate_up.B, hand.down.A, hand.gate_up.scaling, drops[3],
+            again=hand.down.trains_bare(),
+        )  # fmt: skip
         del dh, gate_up
-        down_grads = hand.down.gradients(h, xa_down, dout, t, drops[3])
+        down_grads = hand.down.gradients(h, xa_down, dout, t, drops[3], dA=dA)
         del h
         dh = hand.gate_up.back(dgate_up, t_gate_up, drops[2])
         dx2, h, dweights2 = norm_backward(dh, x2, weights2, factor2, dout, weights2.requires_grad)
         del dh, x2
-        gate_up_grads = hand.gate_up.gradients(h, xa_gate_up, dgate_up, t_gate_up, drops[2])
+        gate_up_grads = hand.gate_up.gradients(h, xa_gate_up, dgate_up, t_gate_up, drops[2], dB=dB)
         del dgate_up, h
 
         # Attention: x2 = x + o_proj(attention(q, k, v))

@@ -114,20 +114,35 @@ class Fan:
         """The gradient of its input (N, in), the adapters' part first."""
         return self.product_back(dy, None if t is None else up(t, self.A, len(self.adapters), drop))
 
+    def trains_bare(self) -> bool:
+        """Whether a weight of its own trains, without an adapter; then its gradient is a product with the input."""
+        return any(is_bare(*both) for both in zip(self.bases, self.adapters, strict=True))
+
     def gradients(
-        self, x: Tensor, xa: Tensor | None, dy: Tensor, t: Tensor | None, drop: Dropout | None
+        self,
+        x: Tensor | None,
+        xa: Tensor | None,
+        dy: Tensor,
+        t: Tensor | None,
+        drop: Dropout | None,
+        dA: Tensor | None = None,
+        dB: Tensor | None = None,
     ) -> list[Tensor]:
-        """Of each parameter of `trained`, from its input x, its output's gradient dy, and what went and came down."""
+        """Of each parameter of `trained`, from its input x, its output's gradient dy, and what went and came down.
+
+        dA (n r, in), dB (out, r): where a kernel that passes over x or dy has found them already.
+        """
         grads, n = [], len(self.adapters)
-        if any(adapter and adapter.lora_A.requires_grad for adapter in self.adapters):
-            dA = gradient(t, x, n, drop).chunk(n)
+        if dA is None and any(adapter and adapter.lora_A.requires_grad for adapter in self.adapters):
+            dA = gradient(t, x, n, drop)
         for i, (base, adapter) in enumerate(zip(self.bases, self.adapters, strict=True)):
             columns = dy.split(self.widths, dim=1)[i]
             if adapter and adapter.lora_A.requires_grad:
-                grads.append(dA[i])
+                grads.append(dA.chunk(n)[i])
             if adapter and adapter.lora_B.requires_grad:
-                grads.append(product_fp32(columns.T, xa.chunk(n, dim=1)[i]))
-            if not adapter and type(base) is nn.Linear and base.weight.requires_grad:
+                found = None if dB is None else dB.split(self.widths)[i]
+                grads.append(product_fp32(columns.T, xa.chunk(n, dim=1)[i]) if found is None else found)
+            if is_bare(base, adapter):
                 wide = base.weight.grad_dtype != x.dtype
                 grads.append(product_fp32(columns.T, x) if wide else columns.T @ x)
         return grads
@@ -200,6 +215,11 @@ def side_by_side(weights: list[Tensor]) -> Tensor | None:
 def added_to(y: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """y + x W^T, in the place of y; summed in fp32, rounded once."""
     return y.addmm_(x, weight.T)
+
+
+def is_bare(base: nn.Module, adapter: LoRALinear | None) -> bool:
+    """Whether the weight itself trains."""
+    return adapter is None and type(base) is nn.Linear and base.weight.requires_grad
 
 
 def dtype_of(base: nn.Module) -> torch.dtype:

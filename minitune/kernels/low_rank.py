@@ -26,7 +26,7 @@ def down(x: Tensor, A: Tensor, scale: float, adapters: int = 1, drop: Dropout | 
     rows = 64 if N > 8192 else 32 if N > 2048 else 16
     down_kernel[(blocks(N, rows),)](
         x, A, drop.seeds, out, N, C, x.stride(0), scale * drop.scale, drop.threshold,
-        adapters, r, power_of_two(r, 16), rows, 128, num_warps=4, num_stages=4,
+        adapters, r, power_of_two(r, 16), rows, 128, num_warps=4, num_stages=stages(r),
     )  # fmt: skip
     return out
 
@@ -56,9 +56,14 @@ def gradient(t: Tensor, x: Tensor, adapters: int = 1, drop: Dropout | None = Non
     out = torch.empty(splits, t.shape[1], C, dtype=torch.float32, device=x.device)
     gradient_kernel[(blocks(C, 128), splits)](
         t, x, drop.seeds, out, N, C, x.stride(0), blocks(blocks(N, 64), splits) * 64, drop.threshold, drop.scale,
-        adapters, r, power_of_two(r, 16), 64, 128, num_warps=4, num_stages=4,
+        adapters, r, power_of_two(r, 16), 64, 128, num_warps=4, num_stages=stages(r),
     )  # fmt: skip
     return out[0] if splits == 1 else out.sum(0)
+
+
+def stages(r: int) -> int:
+    """How many tiles are on their way at once: as many as a processor's shared memory has room for."""
+    return 4 if r <= 32 else 3
 
 
 def plain_down(x: Tensor, A: Tensor, scale: float, adapters: int, drop: Dropout) -> Tensor:

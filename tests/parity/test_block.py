@@ -364,9 +364,9 @@ def scaled_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
 def swapped_gate_and_up(monkeypatch: pytest.MonkeyPatch) -> None:
     real = block.swiglu_backward
 
-    def swiglu_backward(*given):
-        gate_up, h, t = real(*given)
-        return gate_up, h, t.roll(t.shape[1] // 2, 1)
+    def swiglu_backward(*given, **named):
+        found = real(*given, **named)
+        return found._replace(t=found.t.roll(found.t.shape[1] // 2, 1))
 
     monkeypatch.setattr(block, "swiglu_backward", swiglu_backward)
 

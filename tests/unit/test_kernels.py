@@ -12,7 +12,7 @@ from kernel_cases import CASES, Case, Draw, distance
 
 from minitune import adapters, byhand, nf4
 from minitune.config import LoRAConfig
-from minitune.kernels import four_bits, launch, softmax, swiglu
+from minitune.kernels import four_bits, launch, low_rank, softmax, swiglu
 from minitune.kernels.dropout import Dropout, kept
 from minitune.model import Llama, LlamaConfig
 
@@ -128,14 +128,13 @@ def test_a_card_that_takes_the_smallest_kernel_and_not_the_largest_is_found_out(
     assert launch.fault(torch.device("cpu")) is None
     shared, launched = 64, []
 
-    def backward(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, None]:
-        t = given[1]
-        launched.append(0 if t is None else t.shape[1])
+    def forward(gate_up: torch.Tensor, xa: torch.Tensor | None, *given: torch.Tensor | None) -> tuple:
+        launched.append(0 if xa is None else xa.shape[1] // 2)
         if launched[-1] > shared:
             raise RuntimeError("out of resource: shared memory, Required: 5, Hardware limit: 4.\nmore of it")
-        return given[2], given[0], None
+        return gate_up, None
 
-    monkeypatch.setattr(byhand, "swiglu_backward", backward)
+    monkeypatch.setattr(byhand, "swiglu", forward)
     config = LlamaConfig(61, 64, 64, 2, 2, 2, 32, 64, 1e-5, 10000.0)
     plain, adapted = Llama(config), Llama(config)
     adapters.attach(adapted, LoRAConfig(r=16, rank_pattern={"layers.1.mlp.up_proj": 32}))
@@ -147,15 +146,19 @@ def test_a_card_that_takes_the_smallest_kernel_and_not_the_largest_is_found_out(
 
 
 @interpreted
-@pytest.mark.parametrize("r", [0, 5, 64])
-def test_the_largest_kernel_is_launched(r: int, fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel, launches = swiglu.swiglu_backward_kernel, []
+@pytest.mark.parametrize(("r", "share"), [(0, 0.05), (5, 0.0), (64, 0.0), (64, 0.05)])
+def test_the_largest_kernels_are_launched(r: int, share: float, fused: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
 
     class Noted:
-        def __getitem__(self, grid: tuple[int, ...]):
-            launches.append(grid)
-            return kernel[grid]
+        def __init__(self, name: str, kernel: object) -> None:
+            self.name, self.kernel = name, kernel
 
-    monkeypatch.setattr(swiglu, "swiglu_backward_kernel", Noted())
-    byhand.largest_kernel(r, torch.device("cpu"))
-    assert launches == [(1, 1)]
+        def __getitem__(self, grid: tuple[int, ...]):
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for module, name in ((swiglu, "swiglu_kernel"), (low_rank, "down_kernel"), (low_rank, "gradient_kernel")):
+        monkeypatch.setattr(module, name, Noted(name, getattr(module, name)))
+    byhand.largest_kernels(r, share, torch.device("cpu"))
+    assert launched == ["swiglu_kernel", *(["down_kernel", "gradient_kernel"] if r and share else [])]
