@@ -23,7 +23,7 @@ from minitune.byhand.fan import Dense, lay_side_by_side
 from minitune.kernels import launch
 from minitune.kernels.dropout import Dropout
 from minitune.kernels.low_rank import down, gradient
-from minitune.kernels.swiglu import swiglu
+from minitune.kernels.swiglu import swiglu_backward
 from minitune.model import Block, Llama, RMSNorm
 from minitune.nf4 import NF4Linear
 from minitune.offload import HostMemory
@@ -86,11 +86,13 @@ def fault(model: Llama, device: torch.device) -> str | None:
 
 
 def largest_kernels(r: int, share: float, device: torch.device) -> None:
-    """Launch what needs most shared memory with adapters of rank r (0: none) that drop a share, and wait: SwiGLU, or
-    dropout's thin products for three adapters, of as many rows as are taken at once."""
+    """Launch what needs most shared memory with adapters of rank r (0: none) that drop a share, and wait: SwiGLU's
+    backward pass, and dropout's thin products for three adapters, of as many rows as are taken at once."""
     like = {"dtype": torch.bfloat16, "device": device}
-    thin = [torch.zeros(*shape, **like) if r else None for shape in ((64, 2 * r), (128, r), (r, 64))]
-    swiglu(torch.zeros(64, 128, **like), *thin)[0].sum().item()
+    dh, gate_up = torch.zeros(64, 64, **like), torch.zeros(64, 128, **like)
+    thin = [torch.zeros(*shape, **like) if r else None for shape in ((64, r), (64, 2 * r), (128, r), (r, 64))]
+    t, xa, B, A = thin
+    swiglu_backward(dh, t, gate_up, xa, B, A).dgate_up.sum().item()
     if r and share:
         x, A, drop = torch.zeros(8256, 128, **like), torch.zeros(3 * r, 128, **like), Dropout.draw(share, device)
         gradient(down(x, A, 1.0, 3, drop), x, 3, drop).sum().item()

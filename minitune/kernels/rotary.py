@@ -11,6 +11,8 @@ from torch import Tensor
 
 from minitune.kernels.launch import blocks, fused, jit, power_of_two, tl
 
+HEADS = 20  # that a program goes along
+
 
 def turn(qk: Tensor, xa: Tensor | None, B: Tensor | None, cos: Tensor, sin: Tensor, H: int) -> tuple[Tensor, Tensor]:
     """q (N, H, h) and k (N, K, h), turned, each with its adapter's part.
@@ -24,9 +26,9 @@ def turn(qk: Tensor, xa: Tensor | None, B: Tensor | None, cos: Tensor, sin: Tens
     K = qk.shape[1] // h - H
     q, k = (qk.new_empty(N, heads, h) for heads in (H, K))
     r = 1 if B is None else B.shape[1]
-    turn_kernel[(blocks(N, 16), blocks(H + K, 8))](
+    turn_kernel[(blocks(N, 16), blocks(H + K, HEADS))](
         qk, xa, B, cos, sin, q, k, N, H, K, h // 2, r, power_of_two(r, 16), B is not None,
-        16, power_of_two(h // 2, 16), 8, num_warps=2,
+        16, power_of_two(h // 2, 16), HEADS, num_warps=2,
     )  # fmt: skip
     return q, k
 

@@ -34,13 +34,13 @@ def swiglu(
     if not fused(gate_up):
         return plain_swiglu(gate_up, xa, B, A_down, scale, drop)
     (N, width), r = gate_up.shape, rank(B, A_down)
-    splits, span = split(width // 2, COLUMNS, 2 * AT_ONCE // blocks(N, ROWS))
+    splits, span = split(width // 2, COLUMNS, PROGRAMS // blocks(N, ROWS))
     h = gate_up.new_empty(N, width // 2)
     ha = None if A_down is None else h.new_empty(splits, N, r, dtype=torch.float32)
     swiglu_kernel[(blocks(N, ROWS), splits)](
         gate_up, xa, B, A_down, None if drop is None else drop.seeds, h, ha, N, width // 2, span,
         0 if drop is None else drop.threshold,
-        r, power_of_two(r, 16), B is not None, A_down is not None, drop is not None, ROWS, COLUMNS, 3, num_warps=4,
+        r, power_of_two(r, 16), B is not None, A_down is not None, drop is not None, ROWS, COLUMNS, 3, num_warps=2,
     )  # fmt: skip
     return h, None if ha is None else (ha.sum(0) * (scale if drop is None else scale * drop.scale)).to(h.dtype)
 
@@ -76,13 +76,13 @@ def swiglu_backward(
         return plain_swiglu_backward(dh, t, gate_up, xa, B, A_down, scale, drop, again)
     (N, width), r = gate_up.shape, rank(B, A_down)
     features = width // 2
-    parts, span = split(N, BACK_ROWS, 4 * AT_ONCE // blocks(features, COLUMNS))
+    parts, span = split(N, ROWS, PROGRAMS // blocks(features, COLUMNS))
     gradients = (0 if B is None else 2 * features) + (0 if A_down is None else features)
     found = torch.empty(parts, gradients * r, dtype=torch.float32, device=dh.device)
     swiglu_backward_kernel[(blocks(features, COLUMNS), parts)](
         dh, t, gate_up, xa, B, A_down, None if drop is None else drop.seeds, found, N, features, span, gradients,
         0 if drop is None else drop.threshold, 1.0 if drop is None else drop.scale, r, power_of_two(r, 16),
-        B is not None, A_down is not None, drop is not None, again, BACK_ROWS, COLUMNS, 3, num_warps=4,
+        B is not None, A_down is not None, drop is not None, again, ROWS, COLUMNS, 3, num_warps=4,
     )  # fmt: skip
     found = found[0] if parts == 1 else found.sum(0)
     dB = None if B is None else found[: width * r].view(width, r)
@@ -104,9 +104,8 @@ def rank(B: Tensor | None, A_down: Tensor | None) -> int:
     return B.shape[1] if B is not None else A_down.shape[0] if A_down is not None else 1
 
 
-ROWS, COLUMNS = 64, 64  # of the tile that a program holds; each of its four warps has sixteen rows
-BACK_ROWS = 32  # in the backward pass, where the adapters' gradients are in registers, too
-AT_ONCE = 396  # programs that 132 processors hold, three each
+ROWS, COLUMNS = 32, 64  # of the tile that a program holds
+PROGRAMS = 4 * 3 * 132  # in all: four times what 132 processors hold at once
 
 
 def split(n: int, tile: int, parts: int) -> tuple[int, int]:

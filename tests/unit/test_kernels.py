@@ -128,13 +128,14 @@ def test_a_card_that_takes_the_smallest_kernel_and_not_the_largest_is_found_out(
     assert launch.fault(torch.device("cpu")) is None
     shared, launched = 64, []
 
-    def forward(gate_up: torch.Tensor, xa: torch.Tensor | None, *given: torch.Tensor | None) -> tuple:
-        launched.append(0 if xa is None else xa.shape[1] // 2)
+    def backward(*given: torch.Tensor | None) -> swiglu.Backward:
+        t = given[1]
+        launched.append(0 if t is None else t.shape[1])
         if launched[-1] > shared:
             raise RuntimeError("out of resource: shared memory, Required: 5, Hardware limit: 4.\nmore of it")
-        return gate_up, None
+        return swiglu.Backward(given[2], None, None, None, None)
 
-    monkeypatch.setattr(byhand, "swiglu", forward)
+    monkeypatch.setattr(byhand, "swiglu_backward", backward)
     config = LlamaConfig(61, 64, 64, 2, 2, 2, 32, 64, 1e-5, 10000.0)
     plain, adapted = Llama(config), Llama(config)
     adapters.attach(adapted, LoRAConfig(r=16, rank_pattern={"layers.1.mlp.up_proj": 32}))
@@ -158,7 +159,7 @@ def test_the_largest_kernels_are_launched(r: int, share: float, fused: None, mon
             launched.append(self.name)
             return self.kernel[grid]
 
-    for module, name in ((swiglu, "swiglu_kernel"), (low_rank, "down_kernel"), (low_rank, "gradient_kernel")):
+    for module, name in ((swiglu, "swiglu_backward_kernel"), (low_rank, "down_kernel"), (low_rank, "gradient_kernel")):
         monkeypatch.setattr(module, name, Noted(name, getattr(module, name)))
     byhand.largest_kernels(r, share, torch.device("cpu"))
-    assert launched == ["swiglu_kernel", *(["down_kernel", "gradient_kernel"] if r and share else [])]
+    assert launched == ["swiglu_backward_kernel", *(["down_kernel", "gradient_kernel"] if r and share else [])]
