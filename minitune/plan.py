@@ -1,7 +1,7 @@
 """How much memory a run needs, before it runs, and what it keeps and computes again to fit.
 
 Bytes, all of them, at the peak of a training step; the coefficients say where they come from. `choose` takes the
-fastest way that fits: keep everything; compute the fewest blocks again; put what the others keep into host memory.
+fastest way that fits: keep everything; compute the fewest blocks again; the fewest with what they keep in host memory.
 """
 
 from dataclasses import dataclass
@@ -230,8 +230,8 @@ def choose(need: Memory, free: int, cfg: Config, by_hand: bool) -> Choice:
     again = {"auto": range(met + 1), "none": [0], "full": [met]}[wanted]
     ways = [Choice(before + (least,) * k + (Keep.ALL,) * (met - k)) for k in again]
     if wanted != "none":
-        on_host = Choice(before + (least,) * met, host=met > 0)
-        ways = [on_host] if offload == "always" else [*ways, on_host] if offload == "auto" else ways
+        on_host = [Choice(way.keep, host=k > 0) for k, way in zip(again, ways, strict=True)]
+        ways = on_host if offload == "always" else [*ways, *on_host] if offload == "auto" else ways
         if by_hand and offload == "never":
             ways.append(Choice(before + (Keep.INPUT,) * met))
     if by_hand and need.dense and need.shards == 1 and cfg.model.dense_weights != "never":

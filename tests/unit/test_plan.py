@@ -61,6 +61,22 @@ def test_more_room_buys_less_recompute(tmp_path: Path) -> None:
     assert need.total(one_less) > 30e9 * (1 - plan.SPARE)
 
 
+def test_host_memory_buys_less_recompute_as_well(tmp_path: Path) -> None:
+    """Where all blocks computed again do not fit but for host memory, what is left of the card's goes to some."""
+    cfg = recipe(tmp_path, "method=qlora")
+    need = needs("8b", cfg)
+    all_again = Choice((Keep.ATTENTION,) * 32)
+    room = int((need.total(all_again) - 1) / (1 - plan.SPARE))
+    choice = plan.choose(need, room, cfg, by_hand=True)
+    again = choice.keep.count(Keep.ATTENTION)
+    assert choice.host and 20 < again < 32 and choice.keep == (Keep.ATTENTION,) * again + (Keep.ALL,) * (32 - again)
+    assert plan.fits(need, choice, room)
+    one_less = replace(choice, keep=(Keep.ATTENTION,) * (again - 1) + (Keep.ALL,) * (33 - again))
+    assert not plan.fits(need, one_less, room)
+    always = recipe(tmp_path, "method=qlora", "train.offload=always")
+    assert plan.choose(need, int(140e9), always, by_hand=True) == Choice((Keep.ALL,) * 32, dense=True)
+
+
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
