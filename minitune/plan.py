@@ -19,6 +19,7 @@ from minitune.nf4 import NF4Linear
 from minitune.parallel import BUCKET
 from minitune.precision import DTYPES
 
+HIDDEN = 7e-5  # bytes for each operation of a forward pass: what a PCIe 5 link carries while an H100 multiplies
 SPARE = 0.08  # of what is free: left for fragments, the CUDA libraries' own room and what is not counted
 
 
@@ -36,6 +37,7 @@ class Memory:
     untouched: int  # of them, the first ones, to which no backward pass comes: they keep nothing
     kept: dict[Keep, int]  # by one block, between forward and backward
     working: dict[Keep, int]  # in one block's backward pass, besides
+    hidden: bool  # copies of q, k and v to host memory, too, are over as soon as the block is
     head: int  # the loss: one piece of logits, and the hidden states around it
     held: int = 0  # the head's gradient while blocks compute, where it is in no sum yet
     embedding: int = 0  # what the embedding's gradient is made of, at the end of a backward pass
@@ -81,7 +83,8 @@ class Choice:
     def __str__(self) -> str:
         again = sum(keep is not Keep.ALL for keep in self.keep)
         parts = ["no recompute" if not again else f"{again} of {len(self.keep)} blocks recomputed"]
-        parts += ["their inputs in host memory"] if self.host else []
+        inputs = "their inputs" + (", q, k and v" if Keep.QKV in self.keep else "")
+        parts += [f"{inputs} in host memory"] if self.host else []
         parts += ["dense weights kept"] if self.dense else []
         return ", ".join(parts)
 
@@ -136,6 +139,7 @@ def memory(
         untouched=untouched_blocks(model),
         kept=kept,
         working=working,
+        hidden=by_hand and is_hidden(model.layers[0], kept[Keep.QKV] / N),
         head=head,
         held=held,
         embedding=embedding,
@@ -151,6 +155,12 @@ def untouched_blocks(model: nn.Module) -> int:
     if trains(model.model.embed_tokens):
         return 0
     return next((n for n, layer in enumerate(model.layers) if trains(layer)), len(model.layers))
+
+
+def is_hidden(block: nn.Module, kept: float) -> bool:
+    """Whether so many bytes a token are in host memory as soon as the next block has been through."""
+    weights = sum(m.in_features * m.out_features for m in block.modules() if isinstance(m, (nn.Linear, NF4Linear)))
+    return kept <= HIDDEN * 2 * weights
 
 
 def trains(module: nn.Module) -> bool:
@@ -196,12 +206,14 @@ def by_hand_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple
     scores = 4 * config.num_attention_heads  # log-sum-exp, fp32
     inputs = width * (D + thin)
     attention = inputs + width * heads + scores
-    every = attention + width * (qkv + D + 2 * F) + 2 * 4
+    with_qkv = attention + width * qkv + 4
+    every = with_qkv + width * (D + 2 * F) + 4
     weight_grads = 0 if cfg.method != "full" else 2 * D * F * 4  # on their way to bf16, where the sums are fp32
     after = width * (F + 2 * D)  # dh, and the gradients that come in and go out
-    again = after + width * (qkv + D + 2 * F)
-    kept = {Keep.ALL: every, Keep.ATTENTION: attention, Keep.INPUT: inputs}
-    working = {Keep.ALL: after, Keep.ATTENTION: again, Keep.INPUT: again + width * heads + scores}
+    later = after + width * (D + 2 * F)
+    again = later + width * qkv
+    kept = {Keep.ALL: every, Keep.QKV: with_qkv, Keep.ATTENTION: attention, Keep.INPUT: inputs}
+    working = {Keep.ALL: after, Keep.QKV: later, Keep.ATTENTION: again, Keep.INPUT: again + width * heads + scores}
     return {k: N * v for k, v in kept.items()}, {k: N * v + weight_grads for k, v in working.items()}
 
 
@@ -228,9 +240,13 @@ def choose(need: Memory, free: int, cfg: Config, by_hand: bool) -> Choice:
     before = (Keep.ALL,) * need.untouched
     offload = cfg.train.offload if by_hand else "never"
     again = {"auto": range(met + 1), "none": [0], "full": [met]}[wanted]
-    ways = [Choice(before + (least,) * k + (Keep.ALL,) * (met - k)) for k in again]
+
+    def some(level: Keep, host: bool = False) -> list[Choice]:
+        return [Choice(before + (level,) * k + (Keep.ALL,) * (met - k), host=host and k > 0) for k in again]
+
+    ways = some(least)
     if wanted != "none":
-        on_host = [Choice(way.keep, host=k > 0) for k, way in zip(again, ways, strict=True)]
+        on_host = (some(Keep.QKV, host=True) if need.hidden else []) + some(least, host=True)
         ways = on_host if offload == "always" else [*ways, *on_host] if offload == "auto" else ways
         if by_hand and offload == "never":
             ways.append(Choice(before + (Keep.INPUT,) * met))

@@ -15,6 +15,7 @@ class Keep(Enum):
     """What a block keeps between forward and backward, besides its input and what went down in its adapters."""
 
     ALL = "q k v, attention's output, the sum after it, gate and up"  # nothing is computed again
+    QKV = "q k v, attention's output"  # the products after attention are computed again, all but down's
     ATTENTION = "attention's output"  # the products are computed again, all but down's; not attention
     INPUT = "nothing"  # attention is computed again as well
 
@@ -22,8 +23,8 @@ class Keep(Enum):
 class AttentionPass:
     """Attention between the block's own halves: any core, by way of its own graph.
 
-    What the graph keeps is told apart: q, k and v, which can be computed again, and the rest, which is kept in their
-    stead (attention's output and the log-sum-exp of the scores).
+    What the graph keeps is told apart: q, k and v, which come back from elsewhere, and the rest, which is kept in
+    their stead (attention's output and the log-sum-exp of the scores).
     """
 
     def __init__(self, core: nn.Module, documents: Documents | None, shape: tuple[int, int]) -> None:
@@ -34,13 +35,13 @@ class AttentionPass:
         """q, k, v (N, heads, h) -> (N, H h). keep None or INPUT: leaves nothing for a backward pass."""
         if keep is Keep.ALL:
             return self.run(qkv)
-        if keep is Keep.ATTENTION:
+        if keep in (Keep.QKV, Keep.ATTENTION):
             with torch.autograd.graph.saved_tensors_hooks(self.put, self.get):
                 out = self.run(qkv)
             self.keep_output(out)
             self.out = torch.autograd.graph.get_gradient_edge(self.out)  # the node alone, without the tensor
             for x in self.given:
-                x.untyped_storage().resize_(0)  # the graph's inputs stay its inputs, without their memory
+                x.data = x.new_empty(0)  # the graph's inputs stay its inputs, without their memory
             return out
         with torch.no_grad():
             return self.core(*self.rows(qkv), self.documents).reshape(len(qkv[0]), -1)
@@ -57,7 +58,7 @@ class AttentionPass:
         self.kept[self.output_at : self.output_at + 1] = [out]
 
     def again(self, qkv: tuple[Tensor, ...]) -> Tensor:
-        """Attention's output in the backward pass, for q, k, v computed again."""
+        """Attention's output in the backward pass, for q, k, v kept or computed again."""
         if not self.kept:
             return self.run(qkv)
         self.fresh = qkv
@@ -70,7 +71,7 @@ class AttentionPass:
     def backward(self, do: Tensor) -> tuple[Tensor, ...]:
         """The gradients of q, k and v (N, heads, h)."""
         B, T = self.shape
-        do = do.view(B, T, self.given[0].shape[2], -1)
+        do = do.view(B, T, self.heads, -1)
         grads = torch.autograd.grad([self.out], self.given, [do])
         self.out = self.given = self.fresh = None
         self.kept = []
@@ -78,7 +79,7 @@ class AttentionPass:
 
     def run(self, qkv: tuple[Tensor, ...]) -> Tensor:
         with torch.enable_grad():
-            self.given = [x.detach().requires_grad_() for x in self.rows(qkv)]
+            self.given, self.heads = [x.detach().requires_grad_() for x in self.rows(qkv)], qkv[0].shape[1]
             self.out = self.core(*self.given, self.documents)
         return self.out.detach().reshape(len(qkv[0]), -1)
 

@@ -76,7 +76,8 @@ class BlockFunction(torch.autograd.Function):
         factor1, xa_qkv, qkv = hand.inputs(x, None, tables, drops[0])
         core = AttentionPass(hand.attention.core, documents, (B, T))
         o = core.forward(qkv, keep if learning else None)
-        del qkv
+        if keep is not Keep.QKV:
+            del qkv
         x2, h, factor2, xa_o = hand.middle(x, o, None, drops[1])
         xa_gate_up = hand.gate_up.down(h, drops[2])
         gate_up = hand.gate_up.product(h)
@@ -89,6 +90,7 @@ class BlockFunction(torch.autograd.Function):
         if learning:
             ctx.hand, ctx.core, ctx.drops, ctx.shape = hand, core, drops, (B, T, D)
             kept = (factor1, x2, factor2, gate_up) if keep is Keep.ALL else ()
+            kept = (factor1, *qkv) if keep is Keep.QKV else kept
             thin = (xa_qkv, xa_o, xa_gate_up, xa_down)
             ctx.counts = len(core.kept), len(kept)
             ctx.save_for_backward(x, *tables, *thin, *core.kept, *kept)
@@ -105,11 +107,14 @@ class BlockFunction(torch.autograd.Function):
         del rest
 
         # What was not kept, computed again; never the product with down, which nothing here needs.
-        if kept:
+        if hand.keep is Keep.ALL:
             factor1, x2, factor2, gate_up = kept
             o = core.output()
         else:
-            factor1, _, qkv = hand.inputs(x, xa_qkv, tables, None)
+            if hand.keep is Keep.QKV:
+                factor1, *qkv = kept
+            else:
+                factor1, _, qkv = hand.inputs(x, xa_qkv, tables, None)
             o = core.again(qkv)
             del qkv
             x2, h, factor2, _ = hand.middle(x, o, xa_o, None)

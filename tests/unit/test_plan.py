@@ -18,7 +18,12 @@ from minitune.model import Llama, LlamaConfig
 from minitune.plan import Choice
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-SIZES = {"8b": (4096, 14336, 32, 32), "70b": (8192, 28672, 80, 64)}
+SIZES = {
+    "1b": (2048, 8192, 16, 32),
+    "3b": (3072, 8192, 28, 24),
+    "8b": (4096, 14336, 32, 32),
+    "70b": (8192, 28672, 80, 64),
+}
 
 
 def shape(size: str) -> LlamaConfig:
@@ -65,16 +70,27 @@ def test_host_memory_buys_less_recompute_as_well(tmp_path: Path) -> None:
     """Where all blocks computed again do not fit but for host memory, what is left of the card's goes to some."""
     cfg = recipe(tmp_path, "method=qlora")
     need = needs("8b", cfg)
-    all_again = Choice((Keep.ATTENTION,) * 32)
-    room = int((need.total(all_again) - 1) / (1 - plan.SPARE))
+    room = int((need.total(Choice((Keep.ATTENTION,) * 32)) - 1) / (1 - plan.SPARE))
     choice = plan.choose(need, room, cfg, by_hand=True)
-    again = choice.keep.count(Keep.ATTENTION)
-    assert choice.host and 20 < again < 32 and choice.keep == (Keep.ATTENTION,) * again + (Keep.ALL,) * (32 - again)
+    again = choice.keep.count(Keep.QKV)
+    assert choice.host and 20 < again < 32 and choice.keep == (Keep.QKV,) * again + (Keep.ALL,) * (32 - again)
     assert plan.fits(need, choice, room)
-    one_less = replace(choice, keep=(Keep.ATTENTION,) * (again - 1) + (Keep.ALL,) * (33 - again))
+    one_less = replace(choice, keep=(Keep.QKV,) * (again - 1) + (Keep.ALL,) * (33 - again))
     assert not plan.fits(need, one_less, room)
+    narrow = plan.choose(replace(need, hidden=False), room, cfg, by_hand=True)
+    assert narrow.host and set(narrow.keep) == {Keep.ATTENTION, Keep.ALL}
     always = recipe(tmp_path, "method=qlora", "train.offload=always")
     assert plan.choose(need, int(140e9), always, by_hand=True) == Choice((Keep.ALL,) * 32, dense=True)
+    full = recipe(tmp_path, "method=qlora", "train.gradient_checkpointing=full")
+    assert plan.choose(need, room, full, by_hand=True) == Choice((Keep.QKV,) * 32, host=True)
+    assert plan.choose(need, int(7e9), full, by_hand=True) == Choice((Keep.ATTENTION,) * 32, host=True)
+
+
+@pytest.mark.parametrize(("size", "hidden"), [("1b", False), ("3b", False), ("8b", True), ("70b", True)])
+def test_q_k_and_v_go_to_host_memory_where_that_is_hidden(tmp_path: Path, size: str, hidden: bool) -> None:
+    """Behind the compute of a block, which grows faster with its width than what it keeps."""
+    for method in ("lora", "qlora"):
+        assert needs(size, recipe(tmp_path, f"method={method}")).hidden == hidden
 
 
 @pytest.mark.parametrize(
