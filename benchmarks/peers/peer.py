@@ -87,13 +87,15 @@ def measure(case: dict) -> dict:
             batch |= {"max_length_q": longest, "max_length_k": longest}
         return batch
 
-    marks, losses = [], []
+    marks, losses, attention = [], [], []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             if not marks and cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
+            if not marks:
+                attention.append(attention_of(case["system"], model))
             marks.append(mark(torch))
 
         def on_log(self, args, state, control, logs=None, **kwargs):
@@ -164,8 +166,24 @@ def measure(case: dict) -> dict:
         "final_loss": losses[-1] if losses else None,
         "run_seconds": time.time() - begun,
         "device": torch.cuda.get_device_name() if cuda else "cpu",
-        "attention": getattr(model.config, "_attn_implementation", None),  # as the model itself says
+        "attention": attention[0],
     }
+
+
+def attention_of(system: str, model) -> str | None:
+    """What a model computes attention with: as it says itself, or, in a step of Unsloth's, as that chooses for rows
+    laid end to end, and which kernels it has put behind PyTorch's."""
+    said = getattr(model.config, "_attn_implementation", None)
+    if system != "unsloth":
+        return said
+    try:
+        from unsloth.utils.attention_dispatch import select_attention_backend
+        from unsloth.utils.flash_impl import FLASH_IMPL_STATE
+
+        behind = FLASH_IMPL_STATE["active"]
+        return select_attention_backend(use_varlen=True) + (f", {behind} behind it" if behind else "")
+    except (ImportError, AttributeError, KeyError, TypeError):  # another version of it
+        return said
 
 
 def peft_model(case: dict):
