@@ -67,19 +67,20 @@ def test_links_lead_somewhere_and_figures_are_the_results() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)
     folder = ROOT / "benchmarks" / "results"
-    results = json.loads((folder / "H200-2026-11-27.json").read_text())
+    again, earlier = (json.loads((folder / f"H200-2026-11-27{name}.json").read_text()) for name in ("-again", ""))
+    results = again + [r for r in earlier if r["case"] in ("guide", "70b", "70b-small")]
     measured = {
         (f"{r['tokens_per_second']:,.0f}", f"{r['peak_allocated_gb']:.1f}") for r in results if "failed" not in r
     }
     rows = re.findall(r"\| ([\d,]+) \| ([\d.]+) \|[^|\n]*\|$", README, re.MULTILINE)
     rows += re.findall(r"(?:Unsloth|TRL \+ Liger|TRL \+ PEFT) ([\d,]+), ([\d.]+) GB", README)
-    assert len(rows) == 11 + 9 and set(rows) <= measured
+    assert len(rows) == 11 + 11 and set(rows) <= measured
 
     paths = json.loads((folder / "H200-2026-11-27-attention.json").read_text())["paths"]
     times = {f"{r['forward_ms']:.2f} + {r['backward_ms']:.2f}" for r in paths}
     assert len(times) == 8 and set(re.findall(r"[\d.]+ \+ [\d.]+(?= \|)", README)) == times
 
-    parts = json.loads((folder / "H200-2026-11-24-profile.json").read_text())["profiles"]["lora-fast"]["parts_ms"]
+    parts = json.loads((folder / "H200-2026-11-27-profiles.json").read_text())["profiles"]["lora-fast"]["parts_ms"]
     told = re.search(r"step's (\d+) ms of GPU time went: (.*?) \(\[profile", README)
     assert int(told.group(1)) == round(sum(parts.values()))
     listed = [int(number) for number in re.findall(r"(\d+) (?=[a-zS])", told.group(2))]
@@ -158,40 +159,37 @@ def test_a_variant_is_added_as_it_says(with_a_variant: Path) -> None:
 
 
 def test_what_was_reached_is_the_results() -> None:
-    """The table of aims in benchmarks/README.md, case by case."""
+    """The table of aims in benchmarks/README.md, case by case; of a rival's measurements the fastest counts."""
     folder = ROOT / "benchmarks" / "results"
-    later = json.loads((folder / "H200-2026-11-27-dropout-packed.json").read_text())
-    rates = {
-        (r["case"], r["system"]): r["tokens_per_second"]
-        for r in json.loads((folder / "H200-2026-11-27.json").read_text())
-        if "failed" not in r
-    }
-    told = {r["case"]: r["tokens_per_second"] for r in reversed(later) if r["system"] == "minitune"}
-    packed = {r["case"]: r["tokens_per_second"] for r in later if r["system"] == "trl+liger"}
+    again, earlier = (json.loads((folder / f"H200-2026-11-27{name}.json").read_text()) for name in ("-again", ""))
+    guide = [r | {"card": 1} for r in earlier if r["case"] == "guide"]
+    rates: dict[tuple[str, str, int], float] = {}
+    for r in [r for r in again if r["case"] != "guide"] + guide:
+        key = r["case"], r["system"], r["card"]
+        rates[key] = max(rates.get(key, 0), r["tokens_per_second"])
 
-    def times(case: str, rival: str) -> float:
-        return rates[case, "minitune"] / rates[case, rival]
+    def times(case: str, rival: str, card: int = 1) -> float:
+        return rates[case, "minitune", card] / rates[case, rival, card]
 
     table = (ROOT / "benchmarks" / "README.md").read_text().partition("## What was aimed at")[2].partition("## Why")[0]
     rows = {row[0]: row[2] for row in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", table, re.MULTILINE)}
     reached = {
-        "LoRA, nothing recomputed": [times("lora-fast", "unsloth"), rates["lora-fast", "minitune"], told["lora-fast"]],
-        "LoRA, least memory": [times("lora-small", "unsloth"), rates["lora-small", "minitune"]],
+        "LoRA, nothing recomputed": [
+            times("lora-fast", "unsloth"),
+            *(rates["lora-fast", "minitune", n] for n in (1, 2)),
+        ],
+        "LoRA, least memory": [times("lora-small", "unsloth"), rates["lora-small", "minitune", 1]],
         "QLoRA, least memory": [times("qlora-small", "unsloth")],
-        "QLoRA, nothing recomputed": [rates["qlora-fast", "minitune"], told["qlora-fast"]],
+        "QLoRA, nothing recomputed": [rates["qlora-fast", "minitune", n] for n in (1, 2)],
         "QLoRA, one row of 32,768": [times("qlora-32k", "unsloth")],
-        "full, 8-bit paged AdamW": [times("full", "unsloth")],
+        "full, 8-bit paged AdamW": [times("full", "unsloth", 2)],
         "the guide's recipe": [times("guide", "trl")],
-        "LoRA, packed gsm8k": [times("gsm8k", "unsloth"), told["gsm8k"] / packed["gsm8k"]],
-        "LoRA, packed alpaca": [times("alpaca", "unsloth"), told["alpaca"] / packed["alpaca"]],
+        "LoRA, packed gsm8k": [times("gsm8k", "unsloth"), times("gsm8k", "trl+liger")],
+        "LoRA, packed alpaca": [times("alpaca", "unsloth"), times("alpaca", "trl+liger")],
     }
     for case, numbers in reached.items():
         for number in numbers:
             written = {f"{number:,.0f}", f"{number:.2f}"} if number > 100 else {f"{number:.2f}", f"{number:.1f}"}
             assert any(re.search(rf"(?<![\d.]){each}(?![\d.]*\d)", rows[case]) for each in written), (case, number)
-    pairs = [(r["case"], r["tokens_per_second"]) for r in later if r["system"] == "minitune"]
-    plain = [rate for case, rate in pairs if case == "lora-fast"]
-    dropped = [rate for case, rate in pairs if case == "lora-dropout"]
-    costs = [f"{100 * (1 - with_ / without):.1f}" for with_, without in zip(dropped, plain, strict=True)]
-    assert costs == ["2.9", "2.2"] and rows["dropout 0.05"] == "2.9 and 2.2 %, QLoRA 2.2 %"
-    assert f"{100 * (1 - told['qlora-dropout'] / told['qlora-fast']):.1f}" == "2.2"
+    costs = [1 - rates[f"{m}-dropout", "minitune", 2] / rates[f"{m}-fast", "minitune", 2] for m in ("lora", "qlora")]
+    assert rows["dropout 0.05"] == "{:.1f} %, QLoRA {:.1f} %".format(*(100 * cost for cost in costs))
