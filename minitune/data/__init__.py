@@ -21,7 +21,8 @@ from minitune.data.corpus import Corpus
 from minitune.data.examples import only_answer
 from minitune.data.fates import Fate, Fates, decide, repeated
 from minitune.data.formats import parse, settle
-from minitune.data.readers import RowError, chunks, reader_of, rows_of
+from minitune.data.objects import RowError
+from minitune.data.readers import chunks, reader_of, rows_of
 from minitune.data.sources import digests_of, find
 from minitune.data.store import Source, Store, open_store
 from minitune.data.templates import prompt_ids

@@ -6,7 +6,7 @@ import unicodedata
 from typing import Any
 
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text
-from minitune.data.readers import Row
+from minitune.data.objects import Row
 
 NONE, EMPTY = "(none)", "(empty)"
 

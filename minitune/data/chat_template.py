@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from minitune.data.examples import Chat, Example, Turn
-from minitune.data.readers import RowError
+from minitune.data.objects import RowError
 from minitune.data.sandbox import MARKS, ChatTemplate, short
 from minitune.errors import UserError
 from minitune.tokenizer import Tokenizer

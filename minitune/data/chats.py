@@ -13,7 +13,7 @@ from functools import lru_cache
 from minitune.data.chat_template import View, marks_answers, named, rendered
 from minitune.data.encoding import Answer, Script
 from minitune.data.examples import Chat, Turn
-from minitune.data.readers import RowError
+from minitune.data.objects import RowError
 from minitune.data.sandbox import MARKS, to_json
 from minitune.secrets import shortened
 from minitune.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ import numpy as np
 from minitune.config import DataConfig
 from minitune.data.categories import NONE
 from minitune.data.fates import Fate, Fates
-from minitune.data.readers import TWICE, shown
+from minitune.data.objects import TWICE, shown
 from minitune.data.store import Store
 from minitune.data.tokenise import BAD, CUT, HIDES_TOOLS, RAW, STOPS
 from minitune.errors import UserError

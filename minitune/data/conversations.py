@@ -20,7 +20,7 @@ from minitune.data.fields import (
     text,
     value_of,
 )
-from minitune.data.readers import Row, RowError, kind, parse_json
+from minitune.data.objects import Row, RowError, kind, parse_json
 
 ROLE_MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "system": (None,),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from minitune.data.readers import Row, RowError, kind
+from minitune.data.objects import Row, RowError, kind
 
 
 def text(row: Row, name: str, place: str = "") -> str:

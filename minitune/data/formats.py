@@ -12,7 +12,8 @@ from typing import Any
 from minitune.data.conversations import conversational, messages, sharegpt
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text, texts
 from minitune.data.fields import filled, optional, text
-from minitune.data.readers import Row, RowError, kind, rows, shown
+from minitune.data.objects import Row, RowError, kind, shown
+from minitune.data.readers import rows
 from minitune.errors import UserError
 
 TINY = Path(__file__).parents[1] / "tiny" / "train.jsonl"

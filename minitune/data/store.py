@@ -39,7 +39,8 @@ from minitune import files
 from minitune.config import DataConfig
 from minitune.data.corpus import unmark
 from minitune.data.duplicates import IDENTITY, KEYS
-from minitune.data.readers import CHUNK, Place, Row, RowError, chunks, origin, row_at
+from minitune.data.objects import Row, RowError
+from minitune.data.readers import CHUNK, Place, chunks, origin, row_at
 from minitune.data.tokenise import BAD, COLUMNS, Portion, Task
 from minitune.data.workers import cores, stated, tokenised
 from minitune.errors import UserError

@@ -11,7 +11,7 @@ from minitune.data.chat_template import named
 from minitune.data.chats import scripts
 from minitune.data.encoding import Document, Piece, Script, encoded
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text, as_chat, only_answer, texts
-from minitune.data.readers import RowError
+from minitune.data.objects import RowError
 from minitune.errors import UserError
 from minitune.tokenizer import GivesUp, Tokenizer
 

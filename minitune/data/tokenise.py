@@ -23,7 +23,8 @@ from minitune.data.duplicates import KEYS, said, sketches
 from minitune.data.examples import Example, Text, only_answer, texts
 from minitune.data.formats import parse
 from minitune.data.looks import answer_key, look
-from minitune.data.readers import Chunk, Place, Row, RowError, rows_of
+from minitune.data.objects import Row, RowError
+from minitune.data.readers import Chunk, Place, rows_of
 from minitune.data.templates import Document, documents_of
 from minitune.tokenizer import Tokenizer
 

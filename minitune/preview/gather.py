@@ -12,8 +12,8 @@ from minitune.data.examples import Example
 from minitune.data.fates import Fate
 from minitune.data.formats import parse
 from minitune.data.looks import WORDS, evidence
+from minitune.data.objects import RowError
 from minitune.data.packing import fill, rows
-from minitune.data.readers import RowError
 from minitune.data.store import Store
 from minitune.preview import Category, Found, Lengths, Preview, Twins
 from minitune.preview.documents import first_entries, shown

@@ -22,7 +22,7 @@ from minitune.data import chat_template, chats, encoding, templates
 from minitune.data.encoding import Document, Script, Tokens
 from minitune.data.examples import Chat, Completion, Text
 from minitune.data.formats import locate, parse, read
-from minitune.data.readers import RowError
+from minitune.data.objects import RowError
 from minitune.data.templates import documents
 from minitune.tokenizer import Tokenizer, load_tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from minitune.data import formats
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text, Turn, as_chat, texts
 from minitune.data.formats import BadRow, locate, parse, read, settle
-from minitune.data.readers import RowError
+from minitune.data.objects import RowError
 from minitune.errors import UserError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -22,7 +22,7 @@ from minitune.data import Prepared, checks, prepare
 from minitune.data.corpus import Corpus
 from minitune.data.fates import firsts, held_out, repeated
 from minitune.data.formats import Instruction, Text
-from minitune.data.readers import TWICE
+from minitune.data.objects import TWICE
 from minitune.data.tokenise import content_hash
 from minitune.errors import UserError
 from minitune.tokenizer import Tokenizer, load_tokenizer

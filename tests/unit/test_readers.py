@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from minitune.data import sources
 from minitune.data.conversations import json_in
 from minitune.data.looks import visible
-from minitune.data.readers import SLICES, TWICE, RowError, chunks, origin, row_at, rows, rows_of
+from minitune.data.objects import TWICE, RowError
+from minitune.data.readers import SLICES, chunks, origin, row_at, rows, rows_of
 from minitune.data.sources import find
 from minitune.errors import UserError
 

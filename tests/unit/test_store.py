@@ -21,7 +21,8 @@ import minitune
 from minitune.config import DataConfig
 from minitune.data import prepare, store, tokenise, workers
 from minitune.data.duplicates import KEYS
-from minitune.data.readers import Chunk, RowError
+from minitune.data.objects import RowError
+from minitune.data.readers import Chunk
 from minitune.data.store import Sketches, Source, key_of, open_store
 from minitune.data.templates import Document
 from minitune.data.tokenise import Task

@@ -15,7 +15,7 @@ from minitune.data import templates
 from minitune.data.chat_template import View, rendered
 from minitune.data.examples import Chat, Completion, Example, Instruction, Text, Turn
 from minitune.data.formats import locate, parse, read
-from minitune.data.readers import RowError
+from minitune.data.objects import RowError
 from minitune.data.templates import Document, documents, instruction_ids, only_answer, prompt_ids
 from minitune.errors import UserError
 from minitune.pretrained import TINY
