@@ -65,13 +65,14 @@ def compose(cfg: Config, base: Path, device: torch.device) -> tuple[Llama, str]:
                 "to paged_adamw_32bit where parallel.sharding is not replicate"
             )
         sharding.shard(model, how_spread, device)
+    held = need.on_host(choice)
     parts = [
         f"{sum(p.numel() for p in trained):,} parameters train",
         f"{cfg.model.dtype} on {device.type}",
         f"{kernel} attention",
         how,
         str(choice),
-        f"about {need.total(choice) / 1e9:.3g} GB",
+        f"about {need.total(choice) / 1e9:.3g} GB" + (f" and {held / 1e9:.3g} of the host's" if held else ""),
     ]
     return model, ", ".join(parts)
 
@@ -87,10 +88,11 @@ def spread(
         ways["hybrid"] = ways["replicate" if here == 1 else "full"]  # on one machine, or with one rank on each
     wanted = cfg.parallel.sharding
     free = -parallel.highest(-parallel.free_memory(device))  # of the rank that has least
+    on_host = -parallel.highest(-parallel.free_host_memory() // here)
     for shards in sorted({ways[wanted]} if wanted != "auto" else set(ways.values())):
         need = plan.memory(model, config, cfg, by_hand, world, shards)
-        choice = plan.choose(need, free, cfg, by_hand)
-        if plan.fits(need, choice, free):
+        choice = plan.choose(need, free, cfg, by_hand, on_host)
+        if plan.fits(need, choice, free, on_host):
             break
     how = "replicate" if shards == 1 else "full" if shards == world else "hybrid"
     return how, need, choice

@@ -57,11 +57,17 @@ class HostMemory:
         if x.nbytes < SMALLEST or x.itemsize > WIDEST:
             return x
         shelf = self.free[x.shape, x.dtype]
-        host = shelf.pop() if shelf else torch.empty(x.shape, dtype=x.dtype, pin_memory=self.copies is not None)
+        host = shelf.pop() if shelf else self.page_locked(x)
         away = Away(host, x.detach())
         self.copy(away, out=True)
         mine.append(away)
         return away
+
+    def page_locked(self, x: Tensor) -> Tensor:
+        try:
+            return torch.empty(x.shape, dtype=x.dtype, pin_memory=self.copies is not None)
+        except RuntimeError as error:
+            raise MemoryError("no page-locked host memory") from error
 
     def get(self, x: Tensor | Away, mine: list[Away]) -> Tensor:
         if isinstance(x, Tensor):

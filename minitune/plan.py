@@ -1,7 +1,8 @@
 """How much memory a run needs, before it runs, and what it keeps and computes again to fit.
 
 Bytes, all of them, at the peak of a training step; the coefficients say where they come from. `choose` takes the
-fastest way that fits: keep everything; compute the fewest blocks again; the fewest with what they keep in host memory.
+fastest way that fits: keep everything; compute the least again, with what is kept in host memory where copies to it are
+hidden behind the compute. Where they are not, they are the last resort.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,9 @@ from minitune.nf4 import NF4Linear
 from minitune.parallel import BUCKET
 from minitune.precision import DTYPES
 
+AGAIN = {Keep.ALL: 0, Keep.QKV: 5, Keep.ATTENTION: 6, Keep.INPUT: 7}  # what a block costs that is computed again
 HIDDEN = 7e-5  # bytes for each operation of a forward pass: what a PCIe 5 link carries while an H100 multiplies
+HOST = 0.5  # of the host's free memory, at most: checkpoints and paged moments want some, too
 SPARE = 0.08  # of what is free: left for fragments, the CUDA libraries' own room and what is not counted
 
 
@@ -69,6 +72,11 @@ class Memory:
         """With what is freed and not to be had: where ranks share weights, what is on its way has streams of its own,
         and what one stream has freed another cannot take."""
         return self.total(choice) + (self.passing + self.passing_embedding if self.shards > 1 else 0)
+
+    def on_host(self, choice: "Choice") -> int:
+        """In page-locked host memory."""
+        met = choice.keep[self.untouched :]
+        return sum(self.kept[keep] for keep in met if keep is not Keep.ALL) if choice.host else 0
 
 
 @dataclass(frozen=True)
@@ -233,28 +241,33 @@ def compiled_sizes(
     return {Keep.ALL: every, Keep.INPUT: inputs}, {Keep.ALL: N * width * F, Keep.INPUT: every + N * width * F}
 
 
-def choose(need: Memory, free: int, cfg: Config, by_hand: bool) -> Choice:
-    """The fastest way that fits into `free` bytes, as far as the recipe leaves the choice; else the smallest way."""
+def choose(need: Memory, free: int, cfg: Config, by_hand: bool, on_host: float = float("inf")) -> Choice:
+    """The fastest way that fits into `free` bytes, and `on_host` of the host's, as far as the recipe leaves the choice;
+    else the smallest way."""
     least = Keep.ATTENTION if by_hand else Keep.INPUT  # a compiled block is computed again as a whole
     met, wanted = need.blocks - need.untouched, cfg.train.gradient_checkpointing
-    before = (Keep.ALL,) * need.untouched
-    offload = cfg.train.offload if by_hand else "never"
-    again = {"auto": range(met + 1), "none": [0], "full": [met]}[wanted]
+    offload = cfg.train.offload if by_hand and wanted != "none" else "never"
+    if offload in ("always", "inputs"):
+        wanted = "full"
 
-    def some(level: Keep, host: bool = False) -> list[Choice]:
+    def ways_of(level: Keep, host: bool = False) -> list[Choice]:
+        again = {"auto": range(met + 1), "none": [0], "full": [met]}[wanted]
+        before = (Keep.ALL,) * need.untouched
         return [Choice(before + (level,) * k + (Keep.ALL,) * (met - k), host=host and k > 0) for k in again]
 
-    ways = some(least)
-    if wanted != "none":
-        on_host = (some(Keep.QKV, host=True) if need.hidden else []) + some(least, host=True)
-        ways = on_host if offload == "always" else [*ways, *on_host] if offload == "auto" else ways
-        if by_hand and offload == "never":
-            ways.append(Choice(before + (Keep.INPUT,) * met))
+    with_qkv = ways_of(Keep.QKV, host=True) if need.hidden and offload != "inputs" else []
+    if offload in ("always", "inputs"):
+        ways = with_qkv + ways_of(least, host=True)
+    elif offload == "auto":
+        ways = ways_of(least) + with_qkv + ways_of(least, host=True)
+        ways = sorted(ways, key=lambda way: sum(AGAIN[keep] for keep in way.keep)) if need.hidden else ways
+    else:
+        ways = ways_of(least) + (ways_of(Keep.INPUT)[-1:] if by_hand and wanted != "none" else [])
     if by_hand and need.dense and need.shards == 1 and cfg.model.dense_weights != "never":
         kept = [Choice(way.keep, way.host, dense=True) for way in ways]
         ways = kept if cfg.model.dense_weights == "always" else [kept[0], *ways]
-    return next((way for way in ways if fits(need, way, free)), ways[-1])
+    return next((way for way in ways if fits(need, way, free, on_host)), ways[-1])
 
 
-def fits(need: Memory, way: Choice, free: int) -> bool:
-    return need.reserved(way) <= free * (1 - SPARE)
+def fits(need: Memory, way: Choice, free: int, on_host: float = float("inf")) -> bool:
+    return need.reserved(way) <= free * (1 - SPARE) and need.on_host(way) <= on_host * HOST

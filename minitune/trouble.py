@@ -43,7 +43,7 @@ def out_of_memory(cfg: Config, said: str) -> str:
     )
     go_on = {
         "train.gradient_checkpointing=full": cfg.train.gradient_checkpointing != "full",
-        "train.offload=always": cfg.train.offload != "always",
+        "train.offload=inputs": cfg.train.offload != "inputs",
         "model.dense_weights=never": cfg.method == "qlora" and cfg.model.dense_weights != "never",
         smaller: cfg.train.batch_size > 1 and not drops,  # dropout is drawn by micro-batch
     }

@@ -99,7 +99,7 @@ class TrainConfig:
     batch_size: Annotated[int, at_least(1), below(65536)] = 4  # rows of max_seq_len, per GPU and micro-step
     gradient_accumulation_steps: Annotated[int, at_least(1), below(65536)] = 4  # micro-steps to an optimizer step
     gradient_checkpointing: Literal["auto", "none", "full"] = "auto"  # auto: the fewest blocks that memory asks for
-    offload: Literal["auto", "always", "never"] = "auto"  # recomputed blocks' inputs to host memory; auto: if short
+    offload: Literal["auto", "always", "inputs", "never"] = "auto"  # what recomputed blocks keep, in host memory
     fused: Literal["auto", "none"] = "auto"  # blocks run by hand-written passes; auto: on CUDA, where they can
     compile: Literal["auto", "none"] = "auto"  # blocks that are not fused; auto: on CUDA
     resume: Literal["auto", "never"] = "auto"  # auto: from the newest checkpoint in `out`

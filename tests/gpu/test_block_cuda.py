@@ -1,5 +1,7 @@
 """Blocks by hand on a card: their gradients are the eager blocks', whatever is kept, offloaded or dropped."""
 
+import itertools
+
 import pytest
 import torch
 from test_cuda import batch, gradients, llama, worse
@@ -41,7 +43,7 @@ def test_gradients_are_the_eager_ones_whatever_is_kept(method: str, core: str, m
     kept = gradients(by_hand(method, Keep.ALL, core=core))
     assert not worse(kept, eager, exact)
     monkeypatch.setattr(offload, "SMALLEST", 1000)
-    for keep, host in ((Keep.ATTENTION, False), (Keep.INPUT, False), (Keep.ATTENTION, True), (Keep.INPUT, True)):
+    for keep, host in itertools.product((Keep.QKV, Keep.ATTENTION, Keep.INPUT), (False, True)):
         again = gradients(by_hand(method, keep, host, core=core))
         assert not worse(again, eager, exact)
         if core == "varlen":  # flash attention's backward pass adds up in no fixed order

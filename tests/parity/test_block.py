@@ -99,7 +99,7 @@ def distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 EVERY_WAY = [(keep, away) for keep in Keep for away in (False, True)]  # and whether what is kept is on the host
-TWO_WAYS = [(Keep.ALL, False), (Keep.INPUT, True)]  # all that is kept, and all that is computed again
+SOME_WAYS = [(Keep.ALL, False), (Keep.QKV, True), (Keep.INPUT, True)]  # from all that is kept to nothing
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Kernels:
 
 KERNELS = {
     "plain twins": Kernels(3, LENGTHS, EVERY_WAY),
-    "Triton": Kernels(2, SHORTER, TWO_WAYS),  # its interpreter takes seconds a block
+    "Triton": Kernels(2, SHORTER, SOME_WAYS),  # its interpreter takes seconds a block
     "Triton, every way": Kernels(3, LENGTHS, EVERY_WAY),
 }
 
@@ -277,7 +277,7 @@ def test_a_recomputed_block_never_redoes_down_and_makes_weights_dense_once(monke
     assert len(made) == 7 * 3  # once and for all
 
 
-@pytest.mark.parametrize(("keep", "calls"), [(Keep.ALL, 3), (Keep.ATTENTION, 3), (Keep.INPUT, 6)])
+@pytest.mark.parametrize(("keep", "calls"), [(Keep.ALL, 3), (Keep.QKV, 3), (Keep.ATTENTION, 3), (Keep.INPUT, 6)])
 def test_attention_is_computed_again_only_where_its_output_was_not_kept(keep: Keep, calls: int) -> None:
     model, seen = by_hand(llama("lora"), keep), []
     for layer in model.layers:
@@ -286,7 +286,15 @@ def test_attention_is_computed_again_only_where_its_output_was_not_kept(keep: Ke
     assert len(seen) == calls
 
 
-@pytest.mark.parametrize(("keep", "most"), [(Keep.ALL, 1.0), (Keep.ATTENTION, 0.4), (Keep.INPUT, 0.2)])
+@pytest.mark.parametrize(("keep", "times"), [(Keep.ALL, 1), (Keep.QKV, 1), (Keep.ATTENTION, 2), (Keep.INPUT, 2)])
+def test_q_k_and_v_are_computed_again_only_where_they_were_not_kept(keep: Keep, times: int, monkeypatch) -> None:
+    model, seen, real = by_hand(llama("lora"), keep), [], Fan.product_but_last
+    monkeypatch.setattr(Fan, "product_but_last", lambda self, *given: seen.append(1) or real(self, *given))
+    gradients(model)
+    assert len(seen) == times * len(model.layers)
+
+
+@pytest.mark.parametrize(("keep", "most"), [(Keep.ALL, 1.0), (Keep.QKV, 0.6), (Keep.ATTENTION, 0.4), (Keep.INPUT, 0.2)])
 def test_what_is_kept_between_the_passes(keep: Keep, most: float) -> None:
     """Bytes alive after the forward pass, beside those of a block that keeps all (attention's output counts twice
     here, where the plain core puts it together from its documents')."""
@@ -314,6 +322,7 @@ def test_what_is_kept_between_the_passes(keep: Keep, most: float) -> None:
             AttentionPass.__init__ = real
         for each in passes:
             for x in getattr(each, "given", None) or ():
+                assert keep is Keep.ALL or x.numel() == 0  # else host memory would hold a second one
                 storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         del loss
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}

@@ -270,9 +270,9 @@ def test_out_of_memory_says_which_knob_to_turn(
 
 def test_the_knobs_to_turn_are_those_that_are_left_and_do_what_is_said() -> None:
     dropping = out_of_memory(Config(), "CUDA")
-    assert "go on with train.gradient_checkpointing=full, train.offload=always, model.dense_weights=never; " in dropping
+    assert "go on with train.gradient_checkpointing=full, train.offload=inputs, model.dense_weights=never; " in dropping
     assert "anew with train.batch_size=1 train.gradient_accumulation_steps=16, optim.name=paged_adamw_8bit" in dropping
-    least = TrainConfig(batch_size=4, gradient_accumulation_steps=2, gradient_checkpointing="full", offload="always")
+    least = TrainConfig(batch_size=4, gradient_accumulation_steps=2, gradient_checkpointing="full", offload="inputs")
     plain = out_of_memory(Config(method="lora", train=least, lora=LoRAConfig(dropout=0.0)), "CUDA")
     assert "go on with train.batch_size=1 train.gradient_accumulation_steps=8; or start anew with optim.name" in plain
     assert "method=qlora" in plain

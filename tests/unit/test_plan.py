@@ -1,5 +1,6 @@
 """The memory plan: what it chooses, and that it is what runs were measured to need."""
 
+import gc
 import itertools
 import json
 from collections.abc import Callable
@@ -56,34 +57,57 @@ def test_more_room_buys_less_recompute(tmp_path: Path) -> None:
     assert choices[0] == Choice((Keep.ALL,) * 32, dense=True)
     again = [sum(keep is not Keep.ALL for keep in choice.keep) for choice in choices]
     assert again == sorted(again) and again[1] == 0 and 0 < again[2] < 32 and again[-1] == 32
-    assert choices[-1].host and not any(choice.host for choice in choices[:-1])
     totals = [need.total(choice) for choice in choices]
     assert totals == sorted(totals, reverse=True)
     for choice, gb in zip(choices, (140, 44, 30, 16, 9), strict=True):
         assert need.total(choice) <= gb * 1e9 * (1 - plan.SPARE)
-    fewest = choices[2].keep.count(Keep.ATTENTION)
-    one_less = replace(choices[2], keep=(Keep.ATTENTION,) * (fewest - 1) + (Keep.ALL,) * (33 - fewest))
+    fewest = choices[2].keep.count(Keep.QKV)
+    one_less = replace(choices[2], keep=(Keep.QKV,) * (fewest - 1) + (Keep.ALL,) * (33 - fewest))
     assert need.total(one_less) > 30e9 * (1 - plan.SPARE)
 
 
-def test_host_memory_buys_less_recompute_as_well(tmp_path: Path) -> None:
-    """Where all blocks computed again do not fit but for host memory, what is left of the card's goes to some."""
-    cfg = recipe(tmp_path, "method=qlora")
+@pytest.mark.parametrize("size", ["1b", "8b"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_more_room_is_never_slower(tmp_path: Path, method: str, size: str) -> None:
+    """What is computed again never grows with what is free; but where copies are not hidden, on the device first."""
+    cfg = recipe(tmp_path, f"method={method}", "model.dense_weights=never" if method == "qlora" else "optim.name=adamw")
+    need = needs(size, cfg)
+    choices = [plan.choose(need, int(mb * 1e6), cfg, by_hand=True) for mb in range(1000, 60000, 250)]
+    device = [choice for choice in choices if need.hidden or not choice.host]
+    costs = [sum(plan.AGAIN[keep] for keep in choice.keep) for choice in device]
+    assert costs == sorted(costs, reverse=True) and costs[-1] == 0 and len(set(costs)) > need.blocks // 2
+    kinds = {keep for choice in choices for keep in choice.keep}
+    assert kinds == {Keep.ALL, Keep.ATTENTION} | ({Keep.QKV} if need.hidden else set())
+    assert need.hidden or [choice.host for choice in choices] == sorted(
+        (choice.host for choice in choices), reverse=True
+    )
+
+
+def test_host_memory_is_not_taken_where_there_is_little(tmp_path: Path) -> None:
+    cfg = recipe(tmp_path, "method=lora")
     need = needs("8b", cfg)
-    room = int((need.total(Choice((Keep.ATTENTION,) * 32)) - 1) / (1 - plan.SPARE))
-    choice = plan.choose(need, room, cfg, by_hand=True)
-    again = choice.keep.count(Keep.QKV)
-    assert choice.host and 20 < again < 32 and choice.keep == (Keep.QKV,) * again + (Keep.ALL,) * (32 - again)
-    assert plan.fits(need, choice, room)
-    one_less = replace(choice, keep=(Keep.QKV,) * (again - 1) + (Keep.ALL,) * (33 - again))
-    assert not plan.fits(need, one_less, room)
-    narrow = plan.choose(replace(need, hidden=False), room, cfg, by_hand=True)
-    assert narrow.host and set(narrow.keep) == {Keep.ATTENTION, Keep.ALL}
-    always = recipe(tmp_path, "method=qlora", "train.offload=always")
-    assert plan.choose(need, int(140e9), always, by_hand=True) == Choice((Keep.ALL,) * 32, dense=True)
-    full = recipe(tmp_path, "method=qlora", "train.gradient_checkpointing=full")
-    assert plan.choose(need, room, full, by_hand=True) == Choice((Keep.QKV,) * 32, host=True)
-    assert plan.choose(need, int(7e9), full, by_hand=True) == Choice((Keep.ATTENTION,) * 32, host=True)
+    roomy, poor = (plan.choose(need, int(25e9), cfg, True, on_host=host) for host in (100e9, 1e9))
+    assert roomy.host and need.on_host(roomy) == 8192 * 2 * roomy.keep.count(Keep.QKV) * (
+        4096 + 7 * 16 + 4096 + 6144 + (4 * 32 + 4) / 2
+    )
+    assert not poor.host and poor.keep.count(Keep.ATTENTION) > roomy.keep.count(Keep.QKV)
+
+
+def test_what_a_recipe_says_of_host_memory_is_done(tmp_path: Path) -> None:
+    need = needs("8b", recipe(tmp_path, "method=lora"))
+    for free in (1, 60e9):
+        for checkpointing in ("auto", "full"):
+            chosen = {}
+            for offload in ("always", "inputs", "never"):
+                keys = f"train.gradient_checkpointing={checkpointing}", f"train.offload={offload}"
+                chosen[offload] = plan.choose(need, int(free), recipe(tmp_path, "method=lora", *keys), by_hand=True)
+            roomy = free > 1
+            assert chosen["always"] == Choice((Keep.QKV if roomy else Keep.ATTENTION,) * 32, host=True)
+            assert chosen["inputs"] == Choice((Keep.ATTENTION,) * 32, host=True)
+            kept = Keep.INPUT if not roomy else Keep.ALL if checkpointing == "auto" else Keep.ATTENTION
+            assert chosen["never"] == Choice((kept,) * 32)
+    none = recipe(tmp_path, "method=lora", "train.gradient_checkpointing=none", "train.offload=always")
+    assert plan.choose(need, 1, none, by_hand=True) == Choice((Keep.ALL,) * 32)
 
 
 @pytest.mark.parametrize(("size", "hidden"), [("1b", False), ("3b", False), ("8b", True), ("70b", True)])
@@ -117,17 +141,37 @@ def test_a_compiled_block_is_kept_or_computed_again_as_a_whole(tmp_path: Path) -
     assert set(choice.keep) == {Keep.ALL, Keep.INPUT} and not choice.host and not choice.dense
 
 
-def test_the_plan_is_what_was_measured() -> None:
-    """Within four per cent of the peak that each run of minitune's reached on a card, by the results kept here."""
+def test_the_plan_is_what_was_measured(tmp_path: Path) -> None:
+    """Within four per cent of the peak that each run of minitune's reached on a card, as it was planned then and, for
+    the newest results, as it is planned now from the recipe that is kept with them."""
     measured = [
-        result
+        (path.name, result)
         for path in RESULTS.glob("*.json")
         for result in (lambda found: found if isinstance(found, list) else [])(json.loads(path.read_text()))
         if result.get("system") == "minitune" and result.get("planned_gb") and "failed" not in result
     ]
     assert len(measured) >= 5
-    for result in measured:
+    planned = 0
+    for name, result in measured:
         assert result["planned_gb"] == pytest.approx(result["peak_allocated_gb"], rel=0.04), result["case"]
+        if name == "H200-2026-11-27-again.json" and "recipe" in result:
+            cfg = recipe(tmp_path, *keys_of(result["recipe"]))
+            need = needs(result["size"], cfg)
+            total = need.total(plan.choose(need, int(140e9), cfg, by_hand=True)) / 1e9
+            assert total == pytest.approx(result["peak_allocated_gb"], rel=0.04), result["case"]
+            planned += 1
+    assert planned >= 10
+
+
+def keys_of(recipe: dict, above: str = "") -> list[str]:
+    """A recipe's keys as a command line has them, but those of files."""
+    keys = []
+    for name, value in recipe.items():
+        if isinstance(value, dict):
+            keys += keys_of(value, f"{above}{name}.") if name not in ("columns",) else []
+        elif not (isinstance(value, str) and "/" in value) and not isinstance(value, list):
+            keys.append(f"{above}{name}={str(value).lower() if isinstance(value, bool) else value}")
+    return keys
 
 
 def test_a_larger_rank_needs_more(tmp_path: Path) -> None:
@@ -172,6 +216,7 @@ def test_what_ranks_share_and_what_passes_between_them() -> None:
 
 def most_alive(act: Callable[[], None]) -> int:
     """The most bytes of what PyTorch takes and gives back within `act` that are taken at once."""
+    gc.collect()  # what earlier tests left would be given back within, if a collection came then
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         act()
     taken = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
