@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -140,6 +141,11 @@ def measure(case: dict) -> dict:
         callbacks=[Clock()],
         **({"data_collator": flatten} if packed else {}),
     )
+    if packed and case["system"] == "unsloth":
+        with suppress(ImportError):  # what its own packing does, which rows that are packed already do not meet
+            from unsloth.utils.flash_impl import scope_flash_attention_impl_to_train
+
+            scope_flash_attention_impl_to_train(trainer, model)
     trainer._get_train_sampler = lambda *args, **kwargs: torch.utils.data.SequentialSampler(trainer.train_dataset)
     begun = time.time()
     trainer.train()
@@ -180,8 +186,9 @@ def attention_of(system: str, model) -> str | None:
         from unsloth.utils.attention_dispatch import select_attention_backend
         from unsloth.utils.flash_impl import FLASH_IMPL_STATE
 
-        behind = FLASH_IMPL_STATE["active"]
-        return select_attention_backend(use_varlen=True) + (f", {behind} behind it" if behind else "")
+        behind, why_not = FLASH_IMPL_STATE["active"], FLASH_IMPL_STATE["reason"]
+        chosen = select_attention_backend(use_varlen=True)
+        return f"{chosen}, {behind} behind it" if behind else f"{chosen} ({why_not})" if why_not else chosen
     except (ImportError, AttributeError, KeyError, TypeError):  # another version of it
         return said
 
