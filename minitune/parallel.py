@@ -338,10 +338,18 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
 
 
-def free_host_memory() -> int:
-    """Bytes of host memory that are left on this machine, as Linux counts them; elsewhere half of all there is."""
+def free_host_memory(root: Path = Path("/")) -> int:
+    """Bytes of host memory left for this process: what Linux calls available, on the machine or in the control group
+    (version 2) that holds the process, if that has a limit; elsewhere than on Linux half of all there is."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+        machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    try:
+        group = root / "sys/fs/cgroup" / (root / "proc/self/cgroup").read_text().partition("0::/")[2].split("\n")[0]
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, min(machine, limit - used + int(stat["file"])))  # files it has read make room when asked to
+    except (OSError, ValueError, KeyError):  # no limit ("max"), or no such groups
+        return machine
