@@ -92,7 +92,7 @@ def spread(
     for shards in sorted({ways[wanted]} if wanted != "auto" else set(ways.values())):
         need = plan.memory(model, config, cfg, by_hand, world, shards)
         choice = plan.choose(need, free, cfg, by_hand, on_host)
-        if plan.fits(need, choice, free, on_host):
+        if plan.fits(need, choice, free):
             break
     how = "replicate" if shards == 1 else "full" if shards == world else "hybrid"
     return how, need, choice

@@ -24,7 +24,8 @@ IN_FLIGHT = 2  # blocks whose copies out may still be under way
 class Away:
     """One tensor in host memory, or on its way."""
 
-    host: Tensor  # page-locked on a machine with a GPU
+    stretch: Tensor  # of host memory, page-locked on a machine with a GPU
+    host: Tensor  # the same, as what lies in it
     here: Tensor | None  # on the device: until it has left, and once it is back
     moved: torch.cuda.Event | None = None  # after the copy last started
 
@@ -35,7 +36,7 @@ class HostMemory:
     def __init__(self, device: torch.device) -> None:
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.waiting: list[list[Away]] = []  # of each block whose backward pass is to come, in the order of forward
-        self.free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)  # host tensors to use again
+        self.free: dict[int, list[Tensor]] = defaultdict(list)  # stretches of host memory to use again, by bytes
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -56,17 +57,20 @@ class HostMemory:
     def put(self, x: Tensor, mine: list[Away]) -> Tensor | Away:
         if x.nbytes < SMALLEST or x.itemsize > WIDEST:
             return x
-        shelf = self.free[x.shape, x.dtype]
-        host = shelf.pop() if shelf else self.page_locked(x)
-        away = Away(host, x.detach())
+        room = host_bytes(x.nbytes)
+        stretch = self.free[room].pop() if self.free[room] else self.page_locked(room)
+        host = stretch[: x.nbytes].view(x.dtype).view(x.shape)
+        away = Away(stretch, host, x.detach())
         self.copy(away, out=True)
         mine.append(away)
         return away
 
-    def page_locked(self, x: Tensor) -> Tensor:
+    def page_locked(self, size: int) -> Tensor:
         try:
-            return torch.empty(x.shape, dtype=x.dtype, pin_memory=self.copies is not None)
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self.copies is not None)
         except RuntimeError as error:
+            if "out of memory" not in str(error):  # the device tells of other things here, too
+                raise
             raise MemoryError("no page-locked host memory") from error
 
     def get(self, x: Tensor | Away, mine: list[Away]) -> Tensor:
@@ -79,7 +83,7 @@ class HostMemory:
                     away.here = torch.empty_like(away.host, device=self.device, pin_memory=False)
                     self.copy(away, out=False)
         self.wait(x)
-        self.free[x.host.shape, x.host.dtype].append(x.host)  # copies follow each other, so it may be filled anew
+        self.free[x.stretch.nbytes].append(x.stretch)  # copies follow each other, so it may be filled anew
         here, x.here = x.here, None
         return here
 
@@ -98,6 +102,12 @@ class HostMemory:
         """Let compute wait for the copy last started."""
         if away.moved is not None:
             torch.cuda.current_stream().wait_event(away.moved)
+
+
+def host_bytes(size: int) -> int:
+    """What so many bytes take of host memory: the next power of two, as page-locked memory is given out anyway; so
+    batches of many widths share few sizes. 0 for what stays on the device."""
+    return 1 << (size - 1).bit_length() if size >= SMALLEST else 0
 
 
 def block_of(host: HostMemory | None):

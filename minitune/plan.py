@@ -17,6 +17,7 @@ from minitune.loss import CHUNK, is_plain
 from minitune.masters import SMALLEST_PAGED
 from minitune.model import LlamaConfig
 from minitune.nf4 import NF4Linear
+from minitune.offload import host_bytes
 from minitune.parallel import BUCKET
 from minitune.precision import DTYPES
 
@@ -40,6 +41,7 @@ class Memory:
     untouched: int  # of them, the first ones, to which no backward pass comes: they keep nothing
     kept: dict[Keep, int]  # by one block, between forward and backward
     working: dict[Keep, int]  # in one block's backward pass, besides
+    away: dict[Keep, int]  # by one block, of the host's, where what it keeps waits there
     hidden: bool  # copies of q, k and v to host memory, too, are over as soon as the block is
     head: int  # the loss: one piece of logits, and the hidden states around it
     held: int = 0  # the head's gradient while blocks compute, where it is in no sum yet
@@ -76,7 +78,7 @@ class Memory:
     def on_host(self, choice: "Choice") -> int:
         """In page-locked host memory."""
         met = choice.keep[self.untouched :]
-        return sum(self.kept[keep] for keep in met if keep is not Keep.ALL) if choice.host else 0
+        return sum(self.away[keep] for keep in met if keep is not Keep.ALL) if choice.host else 0
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,7 @@ def memory(
         untouched=untouched_blocks(model),
         kept=kept,
         working=working,
+        away=on_host_sizes(config, N, width) if by_hand else {},
         hidden=by_hand and is_hidden(model.layers[0], kept[Keep.QKV] / N),
         head=head,
         held=held,
@@ -225,6 +228,14 @@ def by_hand_sizes(config: LlamaConfig, cfg: Config, N: int, width: int) -> tuple
     return {k: N * v for k, v in kept.items()}, {k: N * v + weight_grads for k, v in working.items()}
 
 
+def on_host_sizes(config: LlamaConfig, N: int, width: int) -> dict[Keep, int]:
+    """What each tensor of those that a block keeps takes there, the thin ones aside."""
+    D, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    groups = config.num_key_value_heads * config.head_dim
+    kept = {Keep.INPUT: [D], Keep.ATTENTION: [D, heads], Keep.QKV: [D, heads, heads, groups, groups]}
+    return {keep: sum(host_bytes(N * width * n) for n in widths) for keep, widths in kept.items()}
+
+
 def compiled_sizes(
     model: nn.Module, config: LlamaConfig, cfg: Config, N: int, width: int
 ) -> tuple[dict[Keep, int], dict[Keep, int]]:
@@ -256,18 +267,25 @@ def choose(need: Memory, free: int, cfg: Config, by_hand: bool, on_host: float =
         return [Choice(before + (level,) * k + (Keep.ALL,) * (met - k), host=host and k > 0) for k in again]
 
     with_qkv = ways_of(Keep.QKV, host=True) if need.hidden and offload != "inputs" else []
+    inputs = ways_of(Keep.INPUT)[-1:] if by_hand and wanted != "none" else []
     if offload in ("always", "inputs"):
         ways = with_qkv + ways_of(least, host=True)
     elif offload == "auto":
-        ways = ways_of(least) + with_qkv + ways_of(least, host=True)
-        ways = sorted(ways, key=lambda way: sum(AGAIN[keep] for keep in way.keep)) if need.hidden else ways
+        ways = ways_of(least) + with_qkv + ways_of(least, host=True) + inputs
+        ways = sorted(ways, key=cost) if need.hidden else ways
     else:
-        ways = ways_of(least) + (ways_of(Keep.INPUT)[-1:] if by_hand and wanted != "none" else [])
+        ways = ways_of(least) + inputs
+    bearable = [way for way in ways if need.on_host(way) <= on_host * HOST] or ways
     if by_hand and need.dense and need.shards == 1 and cfg.model.dense_weights != "never":
-        kept = [Choice(way.keep, way.host, dense=True) for way in ways]
-        ways = kept if cfg.model.dense_weights == "always" else [kept[0], *ways]
-    return next((way for way in ways if fits(need, way, free, on_host)), ways[-1])
+        kept = [Choice(way.keep, way.host, dense=True) for way in bearable]
+        bearable = kept if cfg.model.dense_weights == "always" else [kept[0], *bearable]
+    smallest = min(bearable, key=lambda way: (need.reserved(way), cost(way), not way.host))
+    return next((way for way in bearable if fits(need, way, free)), smallest)
 
 
-def fits(need: Memory, way: Choice, free: int, on_host: float = float("inf")) -> bool:
-    return need.reserved(way) <= free * (1 - SPARE) and need.on_host(way) <= on_host * HOST
+def cost(way: Choice) -> int:
+    return sum(AGAIN[keep] for keep in way.keep)
+
+
+def fits(need: Memory, way: Choice, free: int) -> bool:
+    return need.reserved(way) <= free * (1 - SPARE)

@@ -21,7 +21,7 @@ def told(cfg: Config) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise RunFailed(out_of_memory(cfg, str(error))) from None
     except MemoryError:
-        raise RunFailed(out_of_memory(cfg, "the host has no memory left")) from None
+        raise RunFailed(out_of_memory(cfg, "the host has no memory left", host=True)) from None
     except BrokenExecutor:
         raise RunFailed(
             "a worker process that reads data died; the system may have ended it for want of memory. Run again to go on"
@@ -34,16 +34,18 @@ def told(cfg: Config) -> Iterator[None]:
         raise RunFailed(out_of_memory(cfg, str(error))) from None
 
 
-def out_of_memory(cfg: Config, said: str) -> str:
+def out_of_memory(cfg: Config, said: str, host: bool = False) -> str:
     """Which knobs are left to turn: those that the run can go on with, and those that ask for a new start."""
     drops = cfg.method != "full" and cfg.lora.dropout > 0
+    all_again = cfg.train.gradient_checkpointing == "auto" and cfg.train.offload in ("always", "inputs")
     smaller = (
         "train.batch_size=1 train.gradient_accumulation_steps="
         f"{cfg.train.batch_size * cfg.train.gradient_accumulation_steps}"
     )
     go_on = {
-        "train.gradient_checkpointing=full": cfg.train.gradient_checkpointing != "full",
-        "train.offload=inputs": cfg.train.offload != "inputs",
+        "train.offload=never": host and cfg.train.offload != "never",
+        "train.gradient_checkpointing=full": cfg.train.gradient_checkpointing != "full" and not all_again,
+        "train.offload=inputs": not host and cfg.train.offload != "inputs",
         "model.dense_weights=never": cfg.method == "qlora" and cfg.model.dense_weights != "never",
         smaller: cfg.train.batch_size > 1 and not drops,  # dropout is drawn by micro-batch
     }

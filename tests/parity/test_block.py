@@ -452,3 +452,20 @@ def test_gradients_that_add_up_over_micro_batches_add_up_in_fp32() -> None:
         assert ((ours.grad - theirs.grad).norm() / theirs.grad.norm()).item() < 0.05, name  # of bf16 activations
     down = model.layers[1].mlp.down_proj.weight.grad
     assert (down != down.bfloat16().float()).float().mean() > 0.9
+
+
+def test_host_memory_does_not_grow_with_the_widths_of_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that are not packed are as wide as the longest of a batch, each batch anew."""
+    monkeypatch.setattr(offload, "SMALLEST", 1000)
+    monkeypatch.setattr(offload, "WIDEST", 4)
+    host = HostMemory(CPU)
+    model = by_hand(llama("lora"), Keep.QKV, host)
+
+    def held() -> int:
+        return sum(stretch.nbytes for shelf in host.free.values() for stretch in shelf)
+
+    gradients(model, [64])
+    of_the_widest = held()
+    for width in range(20, 64, 2):
+        gradients(model, [width])
+    assert of_the_widest > 0 and held() <= 2 * of_the_widest and host.waiting == []
