@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from minitune import adapters, attention, byhand, nf4, parallel, plan, pretrained, sharding
+from minitune import adapters, attention, byhand, host, nf4, parallel, plan, pretrained, sharding
 from minitune.byhand import Keep
 from minitune.config import Config
 from minitune.errors import UserError
@@ -88,10 +88,10 @@ def spread(
         ways["hybrid"] = ways["replicate" if here == 1 else "full"]  # on one machine, or with one rank on each
     wanted = cfg.parallel.sharding
     free = -parallel.highest(-parallel.free_memory(device))  # of the rank that has least
-    on_host = -parallel.highest(-parallel.free_host_memory() // here)
+    host_free = -parallel.highest(-host.free_memory() // here)
     for shards in sorted({ways[wanted]} if wanted != "auto" else set(ways.values())):
         need = plan.memory(model, config, cfg, by_hand, world, shards)
-        choice = plan.choose(need, free, cfg, by_hand, on_host)
+        choice = plan.choose(need, free, cfg, by_hand, host_free)
         if plan.fits(need, choice, free):
             break
     how = "replicate" if shards == 1 else "full" if shards == world else "hybrid"

@@ -13,10 +13,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -336,30 +335,3 @@ def free_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     here = launch.place().local_world if world() > 1 else 1
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // here
-
-
-def free_host_memory(root: Path = Path("/")) -> int:
-    """Bytes of host memory left for this process: what Linux calls available, on the machine or in the control groups
-    (version 2) that the process is in, as far as they have limits; elsewhere than on Linux half of all there is."""
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-        least = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        least = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    groups = root / "sys/fs/cgroup"
-    with suppress(OSError):
-        group = groups / (root / "proc/self/cgroup").read_text().partition("0::/")[2].split("\n")[0]
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(groups):
-                least = min(least, left_in(folder))
-    return max(0, int(least))
-
-
-def left_in(group: Path) -> float:
-    """Bytes that a control group has left, files aside that it has read, which make room when asked to."""
-    try:
-        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        return limit - used + int(stat["file"]) - int(stat["shmem"])
-    except (OSError, ValueError, KeyError):  # no limit ("max"), or no such group
-        return float("inf")

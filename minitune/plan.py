@@ -252,9 +252,9 @@ def compiled_sizes(
     return {Keep.ALL: every, Keep.INPUT: inputs}, {Keep.ALL: N * width * F, Keep.INPUT: every + N * width * F}
 
 
-def choose(need: Memory, free: int, cfg: Config, by_hand: bool, on_host: float = float("inf")) -> Choice:
-    """The fastest way that fits into `free` bytes, and `on_host` of the host's, as far as the recipe leaves the choice;
-    else the smallest way."""
+def choose(need: Memory, free: int, cfg: Config, by_hand: bool, host_free: float = float("inf")) -> Choice:
+    """The fastest way that fits into `free` bytes and HOST of `host_free`, as far as the recipe leaves the choice; else
+    the smallest way."""
     least = Keep.ATTENTION if by_hand else Keep.INPUT  # a compiled block is computed again as a whole
     met, wanted = need.blocks - need.untouched, cfg.train.gradient_checkpointing
     offload = cfg.train.offload if by_hand and wanted != "none" else "never"
@@ -275,7 +275,7 @@ def choose(need: Memory, free: int, cfg: Config, by_hand: bool, on_host: float =
         ways = sorted(ways, key=cost) if need.hidden else ways
     else:
         ways = ways_of(least) + inputs
-    bearable = [way for way in ways if need.on_host(way) <= on_host * HOST] or ways
+    bearable = [way for way in ways if need.on_host(way) <= host_free * HOST] or ways
     if by_hand and need.dense and need.shards == 1 and cfg.model.dense_weights != "never":
         kept = [Choice(way.keep, way.host, dense=True) for way in bearable]
         bearable = kept if cfg.model.dense_weights == "always" else [kept[0], *bearable]
@@ -284,6 +284,7 @@ def choose(need: Memory, free: int, cfg: Config, by_hand: bool, on_host: float =
 
 
 def cost(way: Choice) -> int:
+    """Of what is computed again, in the units of AGAIN."""
     return sum(AGAIN[keep] for keep in way.keep)
 
 

@@ -89,8 +89,11 @@ class BlockFunction(torch.autograd.Function):
 
         if learning:
             ctx.hand, ctx.core, ctx.drops, ctx.shape = hand, core, drops, (B, T, D)
-            kept = (factor1, x2, factor2, gate_up) if keep is Keep.ALL else ()
-            kept = (factor1, *qkv) if keep is Keep.QKV else kept
+            kept = ()
+            if keep is Keep.ALL:
+                kept = (factor1, x2, factor2, gate_up)
+            elif keep is Keep.QKV:
+                kept = (factor1, *qkv)
             thin = (xa_qkv, xa_o, xa_gate_up, xa_down)
             ctx.counts = len(core.kept), len(kept)
             ctx.save_for_backward(x, *tables, *thin, *core.kept, *kept)

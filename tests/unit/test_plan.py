@@ -86,13 +86,13 @@ def test_more_room_is_never_slower(tmp_path: Path, method: str, size: str) -> No
 def test_host_memory_is_not_taken_where_there_is_little(tmp_path: Path) -> None:
     cfg = recipe(tmp_path, "method=lora")
     need = needs("8b", cfg)
-    roomy, poor = (plan.choose(need, int(25e9), cfg, True, on_host=host) for host in (100e9, 1e9))
+    roomy, poor = (plan.choose(need, int(25e9), cfg, True, host_free=host) for host in (100e9, 1e9))
     assert roomy.host and need.on_host(roomy) == 8192 * 2 * roomy.keep.count(Keep.QKV) * (2 * 4096 + 4096 + 2 * 1024)
     assert not poor.host and poor.keep.count(Keep.ATTENTION) > roomy.keep.count(Keep.QKV)
-    poorer = plan.choose(need, int(22e9), cfg, True, on_host=0)
+    poorer = plan.choose(need, int(22e9), cfg, True, host_free=0)
     assert poorer == Choice((Keep.INPUT,) * 32) and plan.fits(need, poorer, int(22e9))
     told = recipe(tmp_path, "method=lora", "train.offload=inputs")
-    assert plan.choose(need, int(22e9), told, True, on_host=0) == Choice((Keep.ATTENTION,) * 32, host=True)
+    assert plan.choose(need, int(22e9), told, True, host_free=0) == Choice((Keep.ATTENTION,) * 32, host=True)
     odd = needs("8b", recipe(tmp_path, "method=lora", "data.max_seq_len=2049"))  # page-locked by powers of two
     assert odd.on_host(roomy) == 2 * need.on_host(roomy)
 
